@@ -1,0 +1,16 @@
+//! Guest drivers behind two traits: [`SourceGuest`] and [`TargetGuest`].
+//!
+//! Owns how a hypervisor is spoken to: attach, preflight, tracking, barrier, pause, device state, start.
+//! Does not own when any of it happens (the engines in the agents) nor who may run the guest (the
+//! handover machines in `vmferry-proto`, whose `RunPermit` the drivers consume). A new hypervisor is one new
+//! folder here and one line in the table of `open`.
+
+pub mod config;
+pub mod error;
+pub mod guest;
+
+pub use error::GuestError;
+pub use guest::{
+    GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, Settlement, SourceGuest,
+    StartError, Taken, TargetGuest,
+};

@@ -1,0 +1,3 @@
+//! What both agents need and neither owns.
+
+pub mod process;

@@ -1,0 +1,116 @@
+//! Coded errors of the wire: what one agent tells the other. Local errors are each crate's own enums;
+//! they never go on the wire.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// An error as it is sent: a code that programs decide on and a detail that people read.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, thiserror::Error)]
+#[error("{detail} ({code})")]
+pub struct WireError {
+    /// What kind of thing went wrong.
+    pub code: ErrorCode,
+    /// One sentence: thing, cause, next step.
+    pub detail: String,
+}
+
+impl WireError {
+    /// An error with this code; the detail is cut to `limits::MAX_DETAIL`.
+    pub fn new(code: ErrorCode, detail: impl Into<String>) -> Self {
+        let mut detail = detail.into();
+        let mut end = detail.len().min(crate::limits::MAX_DETAIL);
+        while !detail.is_char_boundary(end) {
+            end -= 1;
+        }
+        detail.truncate(end);
+        Self { code, detail }
+    }
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
+        /// Kinds of errors. Numbers are part of the protocol and never reused.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        #[repr(u32)]
+        pub enum ErrorCode {
+            $($(#[$doc])* $name = $number,)*
+        }
+
+        impl ErrorCode {
+            /// All codes.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The number on the wire.
+            #[must_use]
+            pub const fn number(self) -> u32 {
+                self as u32
+            }
+
+            /// The code with this number.
+            #[must_use]
+            pub const fn from_number(number: u32) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            /// The name that people and scripts see.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                }
+            }
+        }
+    };
+}
+
+codes! {
+    /// A message broke the protocol: wrong order, cap exceeded, unknown value, undecodable.
+    ProtocolViolation = 1, "protocol-violation";
+    /// No protocol version in common.
+    VersionMismatch = 2, "version-mismatch";
+    /// The sender's identity may not do this (not in `from`, or another identity opened the migration).
+    NotAuthorized = 3, "not-authorized";
+    /// The destination has no guest file of this name.
+    UnknownGuest = 4, "unknown-guest";
+    /// Another migration holds the guest here.
+    GuestBusy = 5, "guest-busy";
+    /// The session number or generation is not above the last one.
+    StaleSession = 6, "stale-session";
+    /// Guest and destination do not match: machine, CPU, region, device.
+    Incompatible = 7, "incompatible";
+    /// Not enough memory or disk space.
+    NoSpace = 8, "no-space";
+    /// The guest's driver failed.
+    Hypervisor = 9, "hypervisor";
+    /// A hook refused.
+    HookVeto = 10, "hook-veto";
+    /// A frame was wrong: digest, size, range, encoding.
+    BadFrame = 11, "bad-frame";
+    /// The copy is not complete or differs.
+    NotIdentical = 12, "not-identical";
+    /// A limit of time passed.
+    TimedOut = 13, "timed-out";
+    /// Somebody cancelled.
+    Cancelled = 14, "cancelled";
+    /// The journal cannot be written or read.
+    Journal = 15, "journal";
+    /// The guest was touched by somebody else, or ended.
+    GuestChanged = 16, "guest-changed";
+    /// A bug here.
+    Internal = 17, "internal";
+    /// The guest dirties faster than the link carries.
+    NotConverging = 18, "not-converging";
+    /// The agent is told to stop.
+    ShuttingDown = 19, "shutting-down";
+}
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

@@ -1,0 +1,5 @@
+//! The handover: never two running guests, and nothing lost.
+
+mod permit;
+
+pub use permit::RunPermit;

@@ -1,0 +1,277 @@
+//! The typed control messages: what each side may say to the other.
+//!
+//! Owns the types; `wire` is the only door between them and protobuf. Everything a peer can send has
+//! passed the caps of `limits` by the time it is one of these.
+
+use crate::error::WireError;
+use crate::geometry::{WindowBits, WindowIndex};
+use crate::ids::{
+    Attempt, FrameSeq, Generation, GuestName, Incarnation, Lane, MigrationId, RegionId, RegisterId,
+    SessionNumber,
+};
+use crate::spec::GuestSpec;
+use crate::version::{Features, ProtocolVersion, VersionRange};
+
+/// What the source says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToDestination {
+    /// First message of a session.
+    Hello(Hello),
+    /// The guest, first message after `Welcome`.
+    Offer(Offer),
+    /// Asks the destination to make attempt `attempt` known (durably) before the guest is paused.
+    OpenAttempt {
+        /// The attempt: one above every earlier one of this migration.
+        attempt: Attempt,
+    },
+    /// The guest is paused and nothing follows on the lanes after these sequence numbers.
+    Final(Final),
+    /// All windows agree: load what comes on the device-state stream, then answer `Prepared`.
+    DeviceState {
+        /// The attempt.
+        attempt: Attempt,
+        /// Bytes on the device-state stream.
+        len: u64,
+        /// XXH3-128 of those bytes.
+        digest: u128,
+    },
+    /// The source has recorded COMMITTING. Idempotent.
+    Commit(AttemptKey),
+    /// What became of this attempt? Settles an undecided one as aborted. Idempotent.
+    Query(AttemptKey),
+    /// Give the attempt up (the source has not committed). Idempotent.
+    Abort {
+        /// The attempt.
+        attempt: Attempt,
+        /// Why.
+        reason: WireError,
+    },
+    /// The migration is over without a commit: clean up, answer `Cancelled`.
+    Cancel {
+        /// Why.
+        reason: WireError,
+    },
+    /// The last answer was read; the connection may be closed.
+    Goodbye,
+    /// The peer broke a rule, or this side cannot go on.
+    Error(WireError),
+}
+
+/// What the destination says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ToSource {
+    /// Answer to `Hello`.
+    Welcome(Welcome),
+    /// Answer to `Offer`: the guest can be received.
+    Ready(Ready),
+    /// What has been applied and flushed, per lane. Sent from time to time and at each `Final`.
+    Progress(Vec<LaneProgress>),
+    /// The attempt is durable: the guest may be paused.
+    AttemptOpened {
+        /// The attempt.
+        attempt: Attempt,
+    },
+    /// Digests that a `Final` asked for, in pieces; the last piece has `last` set.
+    Digests(Digests),
+    /// Everything is applied and complete up to the sequence numbers of the last `Final`.
+    Complete {
+        /// The attempt.
+        attempt: Attempt,
+    },
+    /// Flushed, device state loaded, guest not running: ready for `Commit`.
+    Prepared(Prepared),
+    /// What the register says of an attempt.
+    Outcome(Outcome),
+    /// Answer to `Cancel`: everything of the migration is gone here.
+    Cancelled,
+    /// The peer broke a rule, or this side cannot go on.
+    Error(WireError),
+}
+
+/// An attempt, as Commit, Query and the records name it.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+pub struct AttemptKey {
+    /// The migration.
+    pub migration: MigrationId,
+    /// The attempt within it.
+    pub attempt: Attempt,
+    /// The register that `Prepared` named: only its answer counts.
+    pub register: RegisterId,
+}
+
+/// Opens a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Versions that the source speaks.
+    pub versions: VersionRange,
+    /// Features that the source can use.
+    pub features: Features,
+    /// The guest.
+    pub guest: GuestName,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Its ownership generation.
+    pub generation: Generation,
+    /// Session number: above every earlier one of this migration.
+    pub session: SessionNumber,
+    /// Number of data lanes that the source will open.
+    pub lanes: u8,
+    /// Connections of this session, this one included.
+    pub connections: u8,
+    /// Position of this connection among them, from 0; the control stream is on connection 0.
+    pub connection: u8,
+}
+
+/// Accepts a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Welcome {
+    /// Version chosen.
+    pub version: ProtocolVersion,
+    /// Features that both sides have.
+    pub features: Features,
+    /// Register of the destination's state folder.
+    pub register: RegisterId,
+    /// The session accepted.
+    pub session: SessionNumber,
+    /// Name and version of the destination's program, for messages.
+    pub agent: String,
+}
+
+/// Describes the guest and what is asked of the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// The guest.
+    pub spec: GuestSpec,
+}
+
+/// The guest can be received.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// One per region, in order of id.
+    pub incarnations: Vec<Incarnation>,
+    /// What was applied of earlier sessions of this migration, or `None` for a first one.
+    pub resume: Option<ResumePoint>,
+}
+
+/// What a destination had applied when the last session ended. It is drained: nothing of that
+/// session will be applied any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResumePoint {
+    /// The session that ended.
+    pub session: SessionNumber,
+    /// Its lanes.
+    pub lanes: Vec<LaneProgress>,
+}
+
+/// How far a lane has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LaneProgress {
+    /// The lane.
+    pub lane: Lane,
+    /// Every frame up to this one is applied.
+    pub applied: FrameSeq,
+    /// Every disk frame up to this one is flushed (at most `applied`).
+    pub flushed: FrameSeq,
+}
+
+/// Ends the data of an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Final {
+    /// The attempt.
+    pub attempt: Attempt,
+    /// Last sequence number of each lane, by lane.
+    pub lanes: Vec<FrameSeq>,
+    /// Windows whose digests the source wants to compare, by region: none, a sample, or all.
+    pub verify: Vec<VerifyWindows>,
+}
+
+/// Windows of one region to be digested: every `stride`-th, beginning with `first`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyWindows {
+    /// The region.
+    pub region: RegionId,
+    /// First window.
+    pub first: WindowIndex,
+    /// Distance to the next; 1 means every window.
+    pub stride: u32,
+}
+
+/// A piece of the digests asked for, in the order in which they were asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Digests {
+    /// The attempt.
+    pub attempt: Attempt,
+    /// Digests: BLAKE3 keyed with the migration id (twice, 32 bytes), first 16 bytes, of each window.
+    pub windows: Vec<WindowDigest>,
+    /// Whether this was the last piece.
+    pub last: bool,
+}
+
+/// Digest of a window's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowDigest {
+    /// The region.
+    pub region: RegionId,
+    /// The window.
+    pub window: WindowIndex,
+    /// The digest.
+    pub digest: [u8; 16],
+}
+
+/// The destination is ready for `Commit`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// The attempt, with this destination's register.
+    pub key: AttemptKey,
+    /// What the time since `Final` went to, in microseconds.
+    pub timing: PrepareTiming,
+}
+
+/// Parts of the stopped time at the destination, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PrepareTiming {
+    /// From `Final` to everything applied.
+    pub apply_us: u64,
+    /// Digests.
+    pub verify_us: u64,
+    /// Flush of the disks.
+    pub flush_us: u64,
+    /// Load of the device state.
+    pub load_us: u64,
+}
+
+/// Answer of the register.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The attempt that was asked for.
+    pub key: AttemptKey,
+    /// The answer.
+    pub verdict: Verdict,
+}
+
+/// What the register knows of an attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// OWNED is durable and the guest was started (or arrives paused).
+    Committed {
+        /// From `Commit` to OWNED durable, microseconds; 0 on a repeated answer.
+        record_us: u64,
+        /// From OWNED durable to the guest started, microseconds; 0 on a repeated answer.
+        start_us: u64,
+    },
+    /// ABORTED (or RELINQUISHED) is durable: this side will never run the guest from this attempt.
+    Aborted(WireError),
+    /// This register has never heard of the attempt: this settles nothing.
+    Unknown,
+}
+
+/// Blocks of a window: what a frame carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameBlocks {
+    /// Blocks present in the frame, zero ones included.
+    pub present: WindowBits,
+    /// Those that are zero; they take no payload.
+    pub zero: WindowBits,
+}
