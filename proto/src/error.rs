@@ -107,6 +107,8 @@ codes! {
     NotConverging = 18, "not-converging";
     /// The agent is told to stop.
     ShuttingDown = 19, "shutting-down";
+    /// The connection was lost, or none could be made.
+    LinkLost = 20, "link-lost";
 }
 
 impl fmt::Display for ErrorCode {
