@@ -16,9 +16,13 @@ pub struct WireError {
 }
 
 impl WireError {
-    /// An error with this code; the detail is cut to `limits::MAX_DETAIL`.
+    /// An error with this code. The detail is cut to `limits::MAX_DETAIL` and control characters but newline and
+    /// tab become spaces: it may come from a peer and ends up on terminals.
     pub fn new(code: ErrorCode, detail: impl Into<String>) -> Self {
         let mut detail = detail.into();
+        if detail.contains(must_not_be_printed) {
+            detail = detail.replace(must_not_be_printed, " ");
+        }
         let mut end = detail.len().min(crate::limits::MAX_DETAIL);
         while !detail.is_char_boundary(end) {
             end -= 1;
@@ -26,6 +30,10 @@ impl WireError {
         detail.truncate(end);
         Self { code, detail }
     }
+}
+
+fn must_not_be_printed(c: char) -> bool {
+    c.is_control() && c != '\n' && c != '\t'
 }
 
 macro_rules! codes {

@@ -6,11 +6,16 @@
 //! be done goes out as actions. `PROTOCOL.md` beside this crate is the normative text; rules such as
 //! `[HAND-4]` are cited from there.
 
+#![warn(clippy::wildcard_enum_match_arm)]
+
 pub mod error;
+pub mod frame;
 pub mod geometry;
 pub mod handover;
 pub mod ids;
+pub mod layout;
 pub mod limits;
 pub mod message;
 pub mod spec;
 pub mod version;
+pub mod wire;

@@ -27,3 +27,15 @@ pub const MAX_FRAME_PAYLOAD: u32 = MAX_FRAME_BLOCKS * crate::geometry::BLOCK_SIZ
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 /// Most digests in one message.
 pub const MAX_DIGESTS: usize = 8192;
+/// Bytes of the length in front of a control message.
+pub const CONTROL_PREFIX: usize = 4;
+/// Most virtual CPUs: QEMU's largest machine type has 4,096.
+pub const MAX_VCPUS: u32 = 4096;
+/// Most disks of mode `shared`.
+pub const MAX_SHARED_DISKS: usize = 256;
+/// Most features in one message.
+pub const MAX_FEATURES: usize = 64;
+/// Longest name of a feature.
+pub const MAX_FEATURE_NAME: usize = 64;
+/// Longest name of an agent in `Welcome`.
+pub const MAX_AGENT_NAME: usize = 128;

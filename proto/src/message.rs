@@ -9,7 +9,7 @@ use crate::ids::{
     Attempt, FrameSeq, Generation, GuestName, Incarnation, Lane, MigrationId, RegionId, RegisterId,
     SessionNumber,
 };
-use crate::spec::GuestSpec;
+use crate::spec::{GuestSpec, RunState};
 use crate::version::{Features, ProtocolVersion, VersionRange};
 
 /// What the source says.
@@ -19,6 +19,9 @@ pub enum ToDestination {
     Hello(Hello),
     /// The guest, first message after `Welcome`.
     Offer(Offer),
+    /// What is left fits the limits: the cutover begins now or at the trigger. For the destination's hooks and
+    /// status only; may be said again after more copying.
+    Converged,
     /// Asks the destination to make attempt `attempt` known (durably) before the guest is paused.
     OpenAttempt {
         /// The attempt: one above every earlier one of this migration.
@@ -101,7 +104,7 @@ pub struct AttemptKey {
     pub register: RegisterId,
 }
 
-/// Opens a session.
+/// Opens a session, or binds a further connection to one that connection 0 opened (`[WIRE-13]`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hello {
     /// Versions that the source speaks.
@@ -120,7 +123,8 @@ pub struct Hello {
     pub lanes: u8,
     /// Connections of this session, this one included.
     pub connections: u8,
-    /// Position of this connection among them, from 0; the control stream is on connection 0.
+    /// Position of this connection among them, from 0. The control stream and the device state are on connection 0;
+    /// lane `l` is on connection `l % connections`.
     pub connection: u8,
 }
 
@@ -183,8 +187,11 @@ pub struct Final {
     pub attempt: Attempt,
     /// Last sequence number of each lane, by lane.
     pub lanes: Vec<FrameSeq>,
-    /// Windows whose digests the source wants to compare, by region: none, a sample, or all.
+    /// Windows whose digests the source wants to compare, at most one entry per region, in order of id: none, a
+    /// sample, or all.
     pub verify: Vec<VerifyWindows>,
+    /// State of the guest before this pause: it arrives the same way, whatever the offer said.
+    pub run_state: RunState,
 }
 
 /// Windows of one region to be digested: every `stride`-th, beginning with `first`.

@@ -1,0 +1,518 @@
+//! What travels on the unidirectional streams: the header a stream begins with and the header of each data frame.
+//!
+//! Owns the two fixed layouts and the check of everything that a lying peer can put into a frame header
+//! (`[WIRE-20]` ff.). It neither compresses nor hashes: `raw_len` and `digest` speak of the decoded bytes,
+//! and whoever decodes compares both. A header that passed [`FrameHeader::check`] addresses no byte outside
+//! its region and announces no payload above the cap.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{ErrorCode, WireError};
+use crate::geometry::{RegionLen, Run, WindowBits, WindowIndex};
+use crate::ids::{Attempt, FrameSeq, Lane, MigrationId, RegionId, SessionNumber};
+use crate::layout;
+use crate::limits;
+
+/// Version of both layouts of this file; another one is refused.
+pub const LAYOUT_VERSION: u8 = 1;
+
+/// How a frame's payload is encoded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Encoding {
+    /// The blocks as they are, one behind the other.
+    Raw,
+    /// One zstd frame of them.
+    Zstd,
+}
+
+/// Header of a data frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// [`LAYOUT_VERSION`].
+    pub version: u8,
+    /// Position within (session, lane), from 1, without a gap.
+    pub seq: FrameSeq,
+    /// The region.
+    pub region: RegionId,
+    /// The window of it.
+    pub window: WindowIndex,
+    /// Blocks that the frame accounts for, zero ones included; never empty.
+    pub present: WindowBits,
+    /// Those of them that read as zero: they take no payload.
+    pub zero: WindowBits,
+    /// Encoding of the payload; `Raw` where there is none.
+    pub encoding: Encoding,
+    /// Bytes of the payload once decoded: those of `present` less `zero`.
+    pub raw_len: u32,
+    /// Bytes that follow this header.
+    pub payload_len: u32,
+    /// XXH3-128 of the decoded bytes (of no byte, where there are none).
+    pub digest: u128,
+}
+
+/// The layout: fields in this order.
+#[derive(Serialize, Deserialize)]
+struct RawFrameHeader {
+    version: u8,
+    encoding: u8,
+    region: u16,
+    window: u32,
+    seq: u64,
+    raw_len: u32,
+    payload_len: u32,
+    digest: u128,
+    present: [u64; 8],
+    zero: [u64; 8],
+}
+
+/// A frame header that breaks a rule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Another layout.
+    #[error("layout version {got} instead of {LAYOUT_VERSION}")]
+    Version {
+        /// What came.
+        got: u8,
+    },
+    /// An encoding that this version does not have.
+    #[error("unknown encoding {got}")]
+    Encoding {
+        /// What came.
+        got: u8,
+    },
+    /// A frame is missing, repeated or out of order.
+    #[error("frame {got} instead of {expected}")]
+    Sequence {
+        /// What had to come.
+        expected: FrameSeq,
+        /// What came.
+        got: FrameSeq,
+    },
+    /// The window belongs on another lane.
+    #[error("window {} belongs on lane {belongs}, not on lane {lane}", window.0)]
+    Lane {
+        /// The window.
+        window: WindowIndex,
+        /// Its lane.
+        belongs: Lane,
+        /// The lane it came on.
+        lane: Lane,
+    },
+    /// No such region.
+    #[error("region {got} of a guest with {regions} regions")]
+    Region {
+        /// What came.
+        got: RegionId,
+        /// How many there are.
+        regions: usize,
+    },
+    /// No such window.
+    #[error("window {} of region {region}, which has {windows} windows", got.0)]
+    Window {
+        /// The region.
+        region: RegionId,
+        /// What came.
+        got: WindowIndex,
+        /// How many there are.
+        windows: u32,
+    },
+    /// A block outside the region.
+    #[error("a block past the end of region {region} in window {}", window.0)]
+    Block {
+        /// The region.
+        region: RegionId,
+        /// The window.
+        window: WindowIndex,
+    },
+    /// A frame without or with too many blocks.
+    #[error("{got} blocks in a frame that holds 1 to {}", limits::MAX_FRAME_BLOCKS)]
+    BlockCount {
+        /// What came.
+        got: u32,
+    },
+    /// Zero blocks that are not present.
+    #[error("zero blocks that are not present")]
+    Zero,
+    /// The decoded length does not follow from the blocks.
+    #[error("decoded length {got} where the blocks take {expected}")]
+    RawLen {
+        /// What the blocks take.
+        expected: u32,
+        /// What came.
+        got: u32,
+    },
+    /// The payload's length does not fit encoding and decoded length.
+    #[error("payload of {payload_len} bytes for {raw_len} decoded ones in encoding {encoding:?}")]
+    PayloadLen {
+        /// Its length.
+        payload_len: u32,
+        /// Decoded length.
+        raw_len: u32,
+        /// The encoding.
+        encoding: Encoding,
+    },
+}
+
+impl From<FrameError> for WireError {
+    fn from(error: FrameError) -> Self {
+        Self::new(ErrorCode::BadFrame, format!("bad frame header: {error}"))
+    }
+}
+
+impl Encoding {
+    const fn number(self) -> u8 {
+        match self {
+            Self::Raw => 0,
+            Self::Zstd => 1,
+        }
+    }
+
+    const fn from_number(number: u8) -> Result<Self, FrameError> {
+        match number {
+            0 => Ok(Self::Raw),
+            1 => Ok(Self::Zstd),
+            got => Err(FrameError::Encoding { got }),
+        }
+    }
+}
+
+/// The lane on which `window` of any region travels, in a session of `lanes` lanes.
+#[must_use]
+pub fn lane_of(window: WindowIndex, lanes: u8) -> Lane {
+    let lane = window.0 % u32::from(lanes.max(1));
+    Lane(u8::try_from(lane).unwrap_or(u8::MAX))
+}
+
+impl FrameHeader {
+    /// Bytes of a header.
+    pub const ENCODED_LEN: usize = 168;
+
+    /// The header's bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::ENCODED_LEN] {
+        let raw = RawFrameHeader {
+            version: self.version,
+            encoding: self.encoding.number(),
+            region: self.region.0,
+            window: self.window.0,
+            seq: self.seq.0,
+            raw_len: self.raw_len,
+            payload_len: self.payload_len,
+            digest: self.digest,
+            present: self.present.0,
+            zero: self.zero.0,
+        };
+        layout::encode_fixed(&raw).expect("integers and arrays of them always take the same bytes")
+    }
+
+    /// Reads a header. Its version and encoding are known ones; everything else is [`check`](Self::check)ed.
+    ///
+    /// # Errors
+    /// [`FrameError::Version`] or [`FrameError::Encoding`].
+    pub fn decode(bytes: &[u8; Self::ENCODED_LEN]) -> Result<Self, FrameError> {
+        if bytes[0] != LAYOUT_VERSION {
+            return Err(FrameError::Version { got: bytes[0] });
+        }
+        let raw: RawFrameHeader =
+            layout::decode(bytes).expect("any bytes of this length are integers");
+        Ok(Self {
+            version: raw.version,
+            seq: FrameSeq(raw.seq),
+            region: RegionId(raw.region),
+            window: WindowIndex(raw.window),
+            present: WindowBits(raw.present),
+            zero: WindowBits(raw.zero),
+            encoding: Encoding::from_number(raw.encoding)?,
+            raw_len: raw.raw_len,
+            payload_len: raw.payload_len,
+            digest: raw.digest,
+        })
+    }
+
+    /// Checks everything that a peer can get wrong in a header that came on `lane` of `lanes`, for a guest whose
+    /// regions have the lengths `geometry`, where frame `expected_seq` is due.
+    ///
+    /// # Errors
+    /// The first rule that is broken. Nothing may be allocated or written for such a frame.
+    pub fn check(
+        &self,
+        geometry: &[RegionLen],
+        lane: Lane,
+        lanes: u8,
+        expected_seq: FrameSeq,
+    ) -> Result<(), FrameError> {
+        if self.version != LAYOUT_VERSION {
+            return Err(FrameError::Version { got: self.version });
+        }
+        if self.seq != expected_seq {
+            return Err(FrameError::Sequence {
+                expected: expected_seq,
+                got: self.seq,
+            });
+        }
+        let belongs = lane_of(self.window, lanes);
+        if belongs != lane {
+            return Err(FrameError::Lane {
+                window: self.window,
+                belongs,
+                lane,
+            });
+        }
+        let region = geometry
+            .get(usize::from(self.region.0))
+            .ok_or(FrameError::Region {
+                got: self.region,
+                regions: geometry.len(),
+            })?;
+        self.check_blocks(*region)?;
+        self.check_lengths(*region)
+    }
+
+    fn check_blocks(&self, region: RegionLen) -> Result<(), FrameError> {
+        if self.window.0 >= region.windows() {
+            return Err(FrameError::Window {
+                region: self.region,
+                got: self.window,
+                windows: region.windows(),
+            });
+        }
+        if !self.present.minus(&region.all_of(self.window)).is_empty() {
+            return Err(FrameError::Block {
+                region: self.region,
+                window: self.window,
+            });
+        }
+        let count = self.present.count();
+        if count == 0 || count > limits::MAX_FRAME_BLOCKS {
+            return Err(FrameError::BlockCount { got: count });
+        }
+        if !self.zero.minus(&self.present).is_empty() {
+            return Err(FrameError::Zero);
+        }
+        Ok(())
+    }
+
+    fn check_lengths(&self, region: RegionLen) -> Result<(), FrameError> {
+        let expected = region.bytes_of(self.window, &self.data_blocks());
+        if self.raw_len != expected {
+            return Err(FrameError::RawLen {
+                expected,
+                got: self.raw_len,
+            });
+        }
+        let fits = match self.encoding {
+            Encoding::Raw => self.payload_len == self.raw_len,
+            Encoding::Zstd => self.payload_len > 0 && self.payload_len <= self.raw_len,
+        };
+        if !fits || self.payload_len > limits::MAX_FRAME_PAYLOAD {
+            return Err(FrameError::PayloadLen {
+                payload_len: self.payload_len,
+                raw_len: self.raw_len,
+                encoding: self.encoding,
+            });
+        }
+        Ok(())
+    }
+
+    /// The blocks whose bytes are in the payload.
+    #[must_use]
+    pub fn data_blocks(&self) -> WindowBits {
+        self.present.minus(&self.zero)
+    }
+
+    /// Where the decoded payload goes, in its order.
+    #[must_use]
+    pub fn data_runs(&self, region: RegionLen) -> Vec<Run> {
+        region.runs(self.window, &self.data_blocks())
+    }
+
+    /// What must read as zero.
+    #[must_use]
+    pub fn zero_runs(&self, region: RegionLen) -> Vec<Run> {
+        region.runs(self.window, &self.zero)
+    }
+}
+
+/// What a unidirectional stream is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StreamKind {
+    /// A data lane.
+    Lane {
+        /// Which one.
+        lane: Lane,
+    },
+    /// The device state of an attempt: the bytes that the `DeviceState` message announced, then the end.
+    DeviceState {
+        /// The attempt.
+        attempt: Attempt,
+    },
+}
+
+/// What a unidirectional stream begins with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StreamHeader {
+    /// What it is for.
+    pub kind: StreamKind,
+    /// The session: a stream of another one is refused.
+    pub session: SessionNumber,
+    /// The migration, likewise.
+    pub migration: MigrationId,
+}
+
+/// The layout: fields in this order.
+#[derive(Serialize, Deserialize)]
+struct RawStreamHeader {
+    version: u8,
+    kind: u8,
+    reserved: u16,
+    number: u32,
+    session: u64,
+    migration: [u8; 16],
+}
+
+/// A stream header that breaks a rule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StreamHeaderError {
+    /// Another layout.
+    #[error("layout version {got} instead of {LAYOUT_VERSION}")]
+    Version {
+        /// What came.
+        got: u8,
+    },
+    /// A kind that this version does not have.
+    #[error("unknown kind of stream {got}")]
+    Kind {
+        /// What came.
+        got: u8,
+    },
+    /// Reserved bytes that are not zero.
+    #[error("reserved bytes are not zero")]
+    Reserved,
+    /// A lane that the session does not have.
+    #[error("lane {got} of a session with {lanes} lanes")]
+    Lane {
+        /// What came.
+        got: u32,
+        /// How many there are (at most, where the session is not known yet).
+        lanes: u8,
+    },
+    /// Attempts are counted from 1.
+    #[error("attempt 0")]
+    Attempt,
+    /// A stream of another session or migration.
+    #[error("stream of session {got}, but this is session {expected} of its migration")]
+    Session {
+        /// What had to come.
+        expected: SessionNumber,
+        /// What came.
+        got: SessionNumber,
+    },
+    /// A stream of another migration.
+    #[error("stream of migration {got}")]
+    Migration {
+        /// What came.
+        got: MigrationId,
+    },
+}
+
+impl From<StreamHeaderError> for WireError {
+    fn from(error: StreamHeaderError) -> Self {
+        Self::new(
+            ErrorCode::ProtocolViolation,
+            format!("bad stream header: {error}"),
+        )
+    }
+}
+
+impl StreamHeader {
+    /// Bytes of a header.
+    pub const ENCODED_LEN: usize = 32;
+
+    /// The header's bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; Self::ENCODED_LEN] {
+        let (kind, number) = match self.kind {
+            StreamKind::Lane { lane } => (0, u32::from(lane.0)),
+            StreamKind::DeviceState { attempt } => (1, attempt.0),
+        };
+        let raw = RawStreamHeader {
+            version: LAYOUT_VERSION,
+            kind,
+            reserved: 0,
+            number,
+            session: self.session.0,
+            migration: *self.migration.as_bytes(),
+        };
+        layout::encode_fixed(&raw).expect("integers and arrays of them always take the same bytes")
+    }
+
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// Any but [`StreamHeaderError::Session`] and [`StreamHeaderError::Migration`].
+    pub fn decode(bytes: &[u8; Self::ENCODED_LEN]) -> Result<Self, StreamHeaderError> {
+        if bytes[0] != LAYOUT_VERSION {
+            return Err(StreamHeaderError::Version { got: bytes[0] });
+        }
+        let raw: RawStreamHeader =
+            layout::decode(bytes).expect("any bytes of this length are integers");
+        if raw.reserved != 0 {
+            return Err(StreamHeaderError::Reserved);
+        }
+        Ok(Self {
+            kind: Self::decode_kind(raw.kind, raw.number)?,
+            session: SessionNumber(raw.session),
+            migration: MigrationId::from_bytes(raw.migration),
+        })
+    }
+
+    fn decode_kind(kind: u8, number: u32) -> Result<StreamKind, StreamHeaderError> {
+        match kind {
+            0 => {
+                let lane = u8::try_from(number)
+                    .ok()
+                    .filter(|lane| *lane < limits::MAX_LANES)
+                    .ok_or(StreamHeaderError::Lane {
+                        got: number,
+                        lanes: limits::MAX_LANES,
+                    })?;
+                Ok(StreamKind::Lane { lane: Lane(lane) })
+            }
+            1 if number == 0 => Err(StreamHeaderError::Attempt),
+            1 => Ok(StreamKind::DeviceState {
+                attempt: Attempt(number),
+            }),
+            got => Err(StreamHeaderError::Kind { got }),
+        }
+    }
+
+    /// Checks that the stream belongs to session `session` of `migration`, which has `lanes` lanes.
+    ///
+    /// # Errors
+    /// [`StreamHeaderError::Migration`], [`StreamHeaderError::Session`] or [`StreamHeaderError::Lane`].
+    pub fn check(
+        &self,
+        migration: MigrationId,
+        session: SessionNumber,
+        lanes: u8,
+    ) -> Result<(), StreamHeaderError> {
+        if self.migration != migration {
+            return Err(StreamHeaderError::Migration {
+                got: self.migration,
+            });
+        }
+        if self.session != session {
+            return Err(StreamHeaderError::Session {
+                expected: session,
+                got: self.session,
+            });
+        }
+        match self.kind {
+            StreamKind::Lane { lane } if lane.0 >= lanes => Err(StreamHeaderError::Lane {
+                got: u32::from(lane.0),
+                lanes,
+            }),
+            StreamKind::Lane { .. } | StreamKind::DeviceState { .. } => Ok(()),
+        }
+    }
+}
