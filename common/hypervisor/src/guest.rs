@@ -46,6 +46,9 @@ pub trait SourceGuest: Send + std::fmt::Debug {
     /// Zero, at once, where no disk bypasses the page cache.
     async fn io_barrier(&mut self) -> Result<Duration, GuestError>;
 
+    /// Whether the guest runs or is paused, asked right now.
+    async fn run_state(&mut self) -> Result<RunState, GuestError>;
+
     /// Pauses the guest and checks that it is still the guest of [`spec`](Self::spec): RAM blocks, devices, disk sizes.
     /// On an error the guest may be paused; the caller rolls back with a permit as after any failed attempt.
     async fn pause(&mut self) -> Result<GuestPaused, PauseError>;
