@@ -8,6 +8,7 @@
 pub mod config;
 pub mod error;
 pub mod guest;
+pub mod qemu;
 
 pub use error::GuestError;
 pub use guest::{
