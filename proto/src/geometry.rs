@@ -197,6 +197,14 @@ impl WindowBits {
         self.zip(other, |a, b| a & !b)
     }
 
+    /// The highest block of the set.
+    #[must_use]
+    pub fn last(&self) -> Option<u32> {
+        let words = (0u32..).zip(&self.0);
+        let (index, word) = words.filter(|(_, word)| **word != 0).last()?;
+        Some(index * 64 + 63 - word.leading_zeros())
+    }
+
     /// The lowest `count` blocks of the set.
     #[must_use]
     pub fn lowest(&self, count: u32) -> Self {

@@ -14,6 +14,7 @@ pub mod geometry;
 pub mod handover;
 pub mod ids;
 pub mod layout;
+pub mod ledger;
 pub mod limits;
 pub mod message;
 pub mod spec;

@@ -1,0 +1,280 @@
+//! One lane of the session: its frames that are not settled yet, and the windows it still has to send.
+//!
+//! Invariants: frames stand in order of their sequence numbers; a window's bit in [`Work`] is set exactly while the
+//! window has dirty blocks. Window `w` is bit `w / lanes` of its lane's set, so a lane with little to do finds it
+//! by whole words, also on a disk of 64 TiB.
+
+use std::collections::VecDeque;
+
+use super::marks::RegionMarks;
+use super::{Amount, Floor, Frames, LedgerError};
+use crate::geometry::{WINDOW_BLOCKS, WindowBits, WindowIndex, WindowRef};
+use crate::ids::{FrameSeq, Lane, RegionId};
+use crate::limits::MAX_FRAME_BLOCKS;
+use crate::message::LaneProgress;
+use crate::spec::RegionKind;
+
+/// A frame that was taken.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Flight {
+    seq: FrameSeq,
+    kind: RegionKind,
+    bytes: u32,
+    pub(super) at: WindowRef,
+    pub(super) blocks: WindowBits,
+}
+
+impl Flight {
+    pub(super) fn amount(&self) -> Amount {
+        Amount {
+            blocks: u64::from(self.blocks.count()),
+            bytes: u64::from(self.bytes),
+        }
+    }
+}
+
+/// Frames in order, with their sum.
+#[derive(Debug, Default)]
+struct Queue {
+    flights: VecDeque<Flight>,
+    total: Frames,
+}
+
+impl Queue {
+    fn push(&mut self, flight: Flight) {
+        self.total.add(&flight);
+        self.flights.push_back(flight);
+    }
+
+    fn pop_up_to(&mut self, seq: FrameSeq) -> Option<Flight> {
+        self.flights.front().filter(|flight| flight.seq <= seq)?;
+        let flight = self.flights.pop_front()?;
+        self.total.remove(&flight);
+        Some(flight)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct LaneState {
+    pub(super) work: Work,
+    sent: FrameSeq,
+    applied: FrameSeq,
+    flushed: FrameSeq,
+    /// Not said to be applied.
+    in_flight: Queue,
+    /// Disk frames that are applied, not said to be flushed.
+    unflushed: Queue,
+}
+
+impl LaneState {
+    pub(super) fn new(regions: &[RegionMarks], lanes: u8) -> Self {
+        Self {
+            work: Work::new(regions, lanes),
+            sent: FrameSeq(0),
+            applied: FrameSeq(0),
+            flushed: FrameSeq(0),
+            in_flight: Queue::default(),
+            unflushed: Queue::default(),
+        }
+    }
+
+    pub(super) const fn last_sent(&self) -> FrameSeq {
+        self.sent
+    }
+
+    pub(super) const fn in_flight(&self) -> Frames {
+        self.in_flight.total
+    }
+
+    pub(super) const fn unflushed(&self) -> Frames {
+        self.unflushed.total
+    }
+
+    pub(super) fn send(
+        &mut self,
+        at: WindowRef,
+        blocks: WindowBits,
+        bytes: u32,
+        kind: RegionKind,
+    ) -> FrameSeq {
+        self.sent = self.sent.next();
+        self.in_flight.push(Flight {
+            seq: self.sent,
+            kind,
+            bytes,
+            at,
+            blocks,
+        });
+        self.sent
+    }
+
+    pub(super) fn check(&self, claim: &LaneProgress, floor: Floor) -> Result<(), LedgerError> {
+        let lane = claim.lane;
+        if claim.applied > self.sent {
+            return Err(LedgerError::NotSent {
+                lane,
+                sent: self.sent,
+                claimed: claim.applied,
+            });
+        }
+        if claim.flushed > claim.applied {
+            return Err(LedgerError::FlushedUnapplied {
+                lane,
+                applied: claim.applied,
+                flushed: claim.flushed,
+            });
+        }
+        let back = [(self.applied, claim.applied), (self.flushed, claim.flushed)]
+            .into_iter()
+            .find(|(before, now)| now < before);
+        match (floor, back) {
+            (Floor::KnownProgress, Some((before, claimed))) => Err(LedgerError::Backwards {
+                lane,
+                before,
+                claimed,
+            }),
+            (Floor::KnownProgress, None) | (Floor::Any, _) => Ok(()),
+        }
+    }
+
+    /// Frames up to `applied` and `flushed` are; returns those newly applied.
+    pub(super) fn settle(&mut self, applied: FrameSeq, flushed: FrameSeq) -> Frames {
+        self.applied = self.applied.max(applied);
+        self.flushed = self.flushed.max(flushed);
+        let mut newly = Frames::default();
+        while let Some(flight) = self.in_flight.pop_up_to(self.applied) {
+            newly.add(&flight);
+            match flight.kind {
+                RegionKind::Disk => self.unflushed.push(flight),
+                RegionKind::Memory => {}
+            }
+        }
+        while self.unflushed.pop_up_to(self.flushed).is_some() {}
+        newly
+    }
+
+    /// Removes and returns everything that is not settled.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = Flight> + use<> {
+        let unflushed = std::mem::take(&mut self.unflushed);
+        let in_flight = std::mem::take(&mut self.in_flight);
+        unflushed.flights.into_iter().chain(in_flight.flights)
+    }
+}
+
+/// The windows of one lane that have dirty blocks, and where the lane stands in going round them.
+#[derive(Debug)]
+pub(super) struct Work {
+    regions: Vec<RegionWork>,
+    /// The region whose turn it is.
+    current: usize,
+}
+
+#[derive(Debug)]
+struct RegionWork {
+    words: Vec<u64>,
+    /// Slots below it have had their turn in this region.
+    slot: usize,
+    /// Blocks below it have had their turn in the window of `slot`.
+    block: u32,
+}
+
+impl Work {
+    fn new(regions: &[RegionMarks], lanes: u8) -> Self {
+        let region = |marks: &RegionMarks| {
+            let slots = marks.len().windows().div_ceil(u32::from(lanes));
+            RegionWork {
+                words: vec![0; slots.div_ceil(64) as usize],
+                slot: 0,
+                block: 0,
+            }
+        };
+        Self {
+            regions: regions.iter().map(region).collect(),
+            current: 0,
+        }
+    }
+
+    pub(super) fn insert(&mut self, at: WindowRef, lanes: u8) {
+        if let Some((word, bit)) = self.word(at, lanes) {
+            *word |= bit;
+        }
+    }
+
+    pub(super) fn remove(&mut self, at: WindowRef, lanes: u8) {
+        if let Some((word, bit)) = self.word(at, lanes) {
+            *word &= !bit;
+        }
+    }
+
+    fn word(&mut self, at: WindowRef, lanes: u8) -> Option<(&mut u64, u64)> {
+        let slot = at.window.0 / u32::from(lanes);
+        let region = self.regions.get_mut(usize::from(at.region.0))?;
+        Some((region.words.get_mut(slot as usize / 64)?, 1 << (slot % 64)))
+    }
+
+    /// The next window, and the blocks of it that come next, for lane `lane` of `lanes`: the rest of the current region,
+    /// then the other wanted regions, then what lies before in the first.
+    pub(super) fn next(
+        &mut self,
+        lane: Lane,
+        lanes: u8,
+        wanted: impl Fn(RegionId) -> bool,
+        dirty: impl Fn(WindowRef) -> WindowBits,
+    ) -> Option<(WindowRef, WindowBits)> {
+        for _ in 0..=self.regions.len() {
+            let region = RegionId(u16::try_from(self.current).ok()?);
+            let found = self.regions.get_mut(self.current).and_then(|work| {
+                if !wanted(region) {
+                    return None;
+                }
+                work.next(|slot| {
+                    let window = WindowIndex(slot * u32::from(lanes) + u32::from(lane.0));
+                    let at = WindowRef { region, window };
+                    (at, dirty(at))
+                })
+            });
+            if found.is_some() {
+                return found;
+            }
+            self.current = (self.current + 1) % self.regions.len().max(1);
+        }
+        None
+    }
+}
+
+impl RegionWork {
+    /// The next blocks from where the region stands to its end; at the end it starts over with the next call.
+    fn next(
+        &mut self,
+        window: impl Fn(u32) -> (WindowRef, WindowBits),
+    ) -> Option<(WindowRef, WindowBits)> {
+        while let Some(slot) = self.find_slot() {
+            if slot != self.slot {
+                self.slot = slot;
+                self.block = 0;
+            }
+            let (at, dirty) = window(u32::try_from(slot).ok()?);
+            let left = dirty.and(&WindowBits::span(self.block, WINDOW_BLOCKS));
+            let blocks = left.lowest(MAX_FRAME_BLOCKS);
+            if let Some(last) = blocks.last() {
+                self.block = last + 1;
+                return Some((at, blocks));
+            }
+            self.slot = slot + 1;
+            self.block = 0;
+        }
+        self.slot = 0;
+        self.block = 0;
+        None
+    }
+
+    fn find_slot(&self) -> Option<usize> {
+        let first = self.slot / 64;
+        let rest = self.words.get(first..)?;
+        rest.iter().zip(first..).find_map(|(word, index)| {
+            let below = if index == first { self.slot % 64 } else { 0 };
+            let left = word & (u64::MAX << below);
+            (left != 0).then(|| index * 64 + left.trailing_zeros() as usize)
+        })
+    }
+}

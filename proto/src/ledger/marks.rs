@@ -1,0 +1,114 @@
+//! Marks of one region: which blocks are dirty, which of those are known to be zero, which were ever sent.
+//!
+//! Invariants: zero blocks are dirty ones; the counts are those of the sets.
+
+use super::{Amount, Dirty};
+use crate::geometry::{BLOCK_SIZE, RegionBits, RegionLen, WindowBits, WindowIndex};
+use crate::spec::RegionKind;
+
+#[derive(Debug)]
+pub(super) struct RegionMarks {
+    kind: RegionKind,
+    dirty: RegionBits,
+    zero: RegionBits,
+    sent: RegionBits,
+    dirty_blocks: u64,
+    zero_blocks: u64,
+}
+
+/// What taking blocks found.
+pub(super) struct TakenBlocks {
+    pub(super) zero: WindowBits,
+    pub(super) first_time: u32,
+}
+
+impl RegionMarks {
+    pub(super) fn all_dirty(kind: RegionKind, len: RegionLen) -> Self {
+        Self {
+            kind,
+            dirty: RegionBits::full(len),
+            zero: RegionBits::empty(len),
+            sent: RegionBits::empty(len),
+            dirty_blocks: len.blocks(),
+            zero_blocks: 0,
+        }
+    }
+
+    pub(super) const fn kind(&self) -> RegionKind {
+        self.kind
+    }
+
+    pub(super) const fn len(&self) -> RegionLen {
+        self.dirty.region_len()
+    }
+
+    pub(super) const fn is_clean(&self) -> bool {
+        self.dirty_blocks == 0
+    }
+
+    pub(super) fn dirty_in(&self, window: WindowIndex) -> WindowBits {
+        self.dirty.get(window)
+    }
+
+    pub(super) fn dirty_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {
+        self.dirty.iter().map(|(window, _)| window)
+    }
+
+    /// Whether the window has dirty blocks afterwards.
+    pub(super) fn mark_dirty(&mut self, window: WindowIndex, bits: &WindowBits) -> bool {
+        let bits = bits.and(&self.len().all_of(window));
+        let before = self.dirty.get(window);
+        self.forget_zero(window, &bits);
+        self.dirty.insert(window, &bits);
+        self.dirty_blocks += u64::from(bits.minus(&before).count());
+        !(before.is_empty() && bits.is_empty())
+    }
+
+    pub(super) fn mark_all_dirty(&mut self) {
+        self.dirty.fill();
+        self.zero.clear();
+        self.dirty_blocks = self.len().blocks();
+        self.zero_blocks = 0;
+    }
+
+    pub(super) fn mark_zero(&mut self, window: WindowIndex, bits: &WindowBits) {
+        let new = bits
+            .and(&self.dirty.get(window))
+            .minus(&self.zero.get(window));
+        self.zero.insert(window, &new);
+        self.zero_blocks += u64::from(new.count());
+    }
+
+    /// Takes `bits`, which are dirty, out of the dirty ones.
+    pub(super) fn take(&mut self, window: WindowIndex, bits: &WindowBits) -> TakenBlocks {
+        let zero = self.forget_zero(window, bits);
+        let first_time = bits.minus(&self.sent.get(window)).count();
+        let taken = bits.and(&self.dirty.get(window)).count();
+        self.sent.insert(window, bits);
+        self.dirty.remove(window, bits);
+        self.dirty_blocks -= u64::from(taken);
+        TakenBlocks { zero, first_time }
+    }
+
+    fn forget_zero(&mut self, window: WindowIndex, bits: &WindowBits) -> WindowBits {
+        let zero = bits.and(&self.zero.get(window));
+        self.zero.remove(window, &zero);
+        self.zero_blocks -= u64::from(zero.count());
+        zero
+    }
+
+    pub(super) fn dirty(&self) -> Dirty {
+        let len = self.len();
+        let last = WindowIndex(len.windows().saturating_sub(1));
+        let last_bits = self.dirty.get(last);
+        // Only a region's last block can be short.
+        let missing = last_bits.count() * BLOCK_SIZE - len.bytes_of(last, &last_bits);
+        Dirty {
+            all: Amount {
+                blocks: self.dirty_blocks,
+                bytes: self.dirty_blocks * u64::from(BLOCK_SIZE) - u64::from(missing),
+            },
+            known_zero_blocks: self.zero_blocks,
+        }
+    }
+}

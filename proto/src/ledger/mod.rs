@@ -1,0 +1,661 @@
+//! The copy ledger: what of the guest still has to be sent, what is on its way, what is safe at the destination.
+//!
+//! Every block of every region is **dirty** (to be sent), **in flight** (in a frame that the destination has not
+//! answered for), both (written again since), or **clean**. A disk frame that is applied but not flushed is
+//! clean for the round but is remembered until it is flushed (`[WIRE-32]`). Owns these sets, the sequence
+//! numbers of the lanes, and what a lost session means for them. It reads no guest and sends nothing; one engine
+//! owns it. Invariant: a block that is neither dirty nor in flight is at the destination as it was when it was
+//! last taken. Memory is O(bitmap) + O(frames not yet settled); no step costs more than its windows.
+//!
+//! ```text
+//!             mark_dirty                     next_frame               on_progress: applied (memory), flushed (disk)
+//!   clean ----------------> dirty -----------------> in flight ----------------------------------------------> clean
+//!                             ^                          |
+//!                             +------- on_ready: --------+  not applied (memory) or not flushed (disk) of the lost
+//!                                  session lost             session; a new incarnation makes the whole region dirty
+//! ```
+
+mod lanes;
+mod marks;
+#[cfg(test)]
+mod tests;
+
+use crate::frame::lane_of;
+use crate::geometry::{RegionBits, WindowBits, WindowIndex, WindowRef};
+use crate::ids::{FrameSeq, Incarnation, Lane, RegionId, SessionNumber};
+use crate::limits;
+use crate::message::{LaneProgress, Ready, ResumePoint};
+use crate::spec::{RegionKind, RegionSpec};
+
+use lanes::{Flight, LaneState};
+use marks::RegionMarks;
+
+/// The copy ledger of one migration, over all its sessions.
+#[derive(Debug)]
+pub struct Ledger {
+    regions: Vec<RegionMarks>,
+    /// Empty before the first `Ready`.
+    lanes: Vec<LaneState>,
+    session: Session,
+    incarnations: Option<Vec<Incarnation>>,
+    counters: Counters,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Session {
+    None,
+    Open(SessionNumber),
+    /// Its frames wait for the next `Ready`.
+    Lost(SessionNumber),
+}
+
+/// A frame to be read, encoded and sent as number `seq` of its lane; it counts as in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameJob {
+    /// The region.
+    pub region: RegionId,
+    /// The window.
+    pub window: WindowIndex,
+    /// The blocks: 1 to [`limits::MAX_FRAME_BLOCKS`].
+    pub blocks: WindowBits,
+    /// Those of them that are known to be zero and need not be read.
+    pub known_zero: WindowBits,
+    /// The lane: frames of one lane go out in order of `seq`.
+    pub lane: Lane,
+    /// The frame's number.
+    pub seq: FrameSeq,
+}
+
+/// A number of blocks, and the bytes they hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Amount {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their bytes (a region's last block may be short).
+    pub bytes: u64,
+}
+
+/// Dirty blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Dirty {
+    /// All of them.
+    pub all: Amount,
+    /// Blocks among them that are known to be zero and cost next to nothing to send.
+    pub known_zero_blocks: u64,
+}
+
+/// Frames, with what they hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Frames {
+    /// Number of frames.
+    pub frames: u64,
+    /// Blocks and bytes in them, zero ones included.
+    pub amount: Amount,
+}
+
+/// Totals since the migration began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Frames taken.
+    pub frames: u64,
+    /// Blocks in them.
+    pub blocks: u64,
+    /// Bytes of those blocks before encoding.
+    pub bytes: u64,
+    /// Different blocks among them.
+    pub distinct_blocks: u64,
+    /// Blocks among them that were known to be zero without being read.
+    pub known_zero_blocks: u64,
+}
+
+impl Counters {
+    /// Blocks sent more than once, counted once per repetition.
+    #[must_use]
+    pub const fn resent_blocks(&self) -> u64 {
+        self.blocks - self.distinct_blocks
+    }
+}
+
+/// What a new session began with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resumed {
+    /// Regions whose copy starts from nothing: wholly dirty again.
+    pub restarted: Vec<RegionId>,
+    /// Frames of the lost session that were not settled when it was lost and turned out to be safe.
+    pub kept: Frames,
+    /// Frames whose blocks are dirty again.
+    pub put_back: Frames,
+}
+
+/// A call or a peer's statement that cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LedgerError {
+    /// A region that the guest does not have.
+    #[error("region {0} does not exist")]
+    UnknownRegion(RegionId),
+    /// Blocks of a region of another length.
+    #[error("region {region} is {expected} bytes long, the marks are for {got} bytes")]
+    RegionLength {
+        /// The region.
+        region: RegionId,
+        /// Its length.
+        expected: u64,
+        /// What the marks are for.
+        got: u64,
+    },
+    /// No session is open.
+    #[error("no session is open")]
+    NoSession,
+    /// The peer speaks of a lane that the session does not have, or twice of one.
+    #[error("progress of lane {lane} in a session of {lanes} lanes, or twice of one lane")]
+    Lane {
+        /// What the peer named.
+        lane: Lane,
+        /// How many there are.
+        lanes: usize,
+    },
+    /// The peer answers for frames that were not sent.
+    #[error("lane {lane}: frame {claimed} is said to be applied, the last one sent is {sent}")]
+    NotSent {
+        /// The lane.
+        lane: Lane,
+        /// Last frame sent.
+        sent: FrameSeq,
+        /// What the peer said.
+        claimed: FrameSeq,
+    },
+    /// The peer takes back what it said.
+    #[error("lane {lane}: progress went back from {before} to {claimed}")]
+    Backwards {
+        /// The lane.
+        lane: Lane,
+        /// What the peer said before.
+        before: FrameSeq,
+        /// What it says now.
+        claimed: FrameSeq,
+    },
+    /// Flushed before it was applied.
+    #[error("lane {lane}: frame {flushed} is said to be flushed, but only {applied} applied")]
+    FlushedUnapplied {
+        /// The lane.
+        lane: Lane,
+        /// Applied, it says.
+        applied: FrameSeq,
+        /// Flushed, it says.
+        flushed: FrameSeq,
+    },
+    /// `Ready` does not name one incarnation per region.
+    #[error("{got} incarnations for {expected} regions")]
+    Incarnations {
+        /// Regions.
+        expected: usize,
+        /// Incarnations.
+        got: usize,
+    },
+    /// A session number that is not above the last one, or a number of lanes out of range.
+    #[error("session {got} with {lanes} lanes cannot follow session {last}")]
+    SessionNumber {
+        /// The last session.
+        last: SessionNumber,
+        /// The new one.
+        got: SessionNumber,
+        /// Its lanes.
+        lanes: u8,
+    },
+}
+
+impl From<LedgerError> for crate::error::WireError {
+    fn from(error: LedgerError) -> Self {
+        Self::new(
+            crate::error::ErrorCode::ProtocolViolation,
+            error.to_string(),
+        )
+    }
+}
+
+impl Ledger {
+    /// A ledger in which every block of every region is dirty: the first pass accounts for all of them. Region ids
+    /// are the positions.
+    #[must_use]
+    pub fn new(regions: &[RegionSpec]) -> Self {
+        Self {
+            regions: regions
+                .iter()
+                .map(|region| RegionMarks::all_dirty(region.kind, region.len))
+                .collect(),
+            lanes: Vec::new(),
+            session: Session::None,
+            incarnations: None,
+            counters: Counters::default(),
+        }
+    }
+
+    // Marks.
+
+    /// Makes `bits` of a region dirty; what was known to be zero among them no longer is.
+    ///
+    /// # Errors
+    /// No such region, or one of another length: then nothing is marked.
+    pub fn mark_dirty(&mut self, region: RegionId, bits: &RegionBits) -> Result<(), LedgerError> {
+        self.check_region(region, bits)?;
+        for (window, bits) in bits.iter() {
+            self.mark_dirty_window(WindowRef { region, window }, &bits)?;
+        }
+        Ok(())
+    }
+
+    /// Makes `bits` of one window dirty; bits outside the region are ignored.
+    ///
+    /// # Errors
+    /// No such region.
+    pub fn mark_dirty_window(
+        &mut self,
+        at: WindowRef,
+        bits: &WindowBits,
+    ) -> Result<(), LedgerError> {
+        let marks = self
+            .regions
+            .get_mut(usize::from(at.region.0))
+            .ok_or(LedgerError::UnknownRegion(at.region))?;
+        if marks.mark_dirty(at.window, bits) {
+            self.note_work(at);
+        }
+        Ok(())
+    }
+
+    /// Remembers that the dirty ones among `bits` are known to be zero, until they are marked dirty again.
+    ///
+    /// # Errors
+    /// No such region, or one of another length: then nothing is marked.
+    pub fn mark_zero(&mut self, region: RegionId, bits: &RegionBits) -> Result<(), LedgerError> {
+        let marks = self.check_region(region, bits)?;
+        for (window, bits) in bits.iter() {
+            marks.mark_zero(window, &bits);
+        }
+        Ok(())
+    }
+
+    /// Makes a whole region dirty: the destination's copy of it starts from nothing.
+    ///
+    /// # Errors
+    /// No such region.
+    pub fn region_restarted(&mut self, region: RegionId) -> Result<(), LedgerError> {
+        let marks = self
+            .regions
+            .get_mut(usize::from(region.0))
+            .ok_or(LedgerError::UnknownRegion(region))?;
+        marks.mark_all_dirty();
+        let windows = marks.len().windows();
+        for window in (0..windows).map(WindowIndex) {
+            self.note_work(WindowRef { region, window });
+        }
+        Ok(())
+    }
+
+    /// Makes every block dirty again that is in flight, or in a disk frame that is applied but not flushed.
+    pub fn put_back_all(&mut self) -> Frames {
+        let flights: Vec<Flight> = self.lanes.iter_mut().flat_map(LaneState::drain).collect();
+        self.put_back(&flights)
+    }
+
+    fn put_back(&mut self, flights: &[Flight]) -> Frames {
+        let mut total = Frames::default();
+        for flight in flights {
+            total.add(flight);
+            // A flight was made from a region of this ledger.
+            let _known_region = self.mark_dirty_window(flight.at, &flight.blocks);
+        }
+        total
+    }
+
+    fn check_region(
+        &mut self,
+        region: RegionId,
+        bits: &RegionBits,
+    ) -> Result<&mut RegionMarks, LedgerError> {
+        let marks = self
+            .regions
+            .get_mut(usize::from(region.0))
+            .ok_or(LedgerError::UnknownRegion(region))?;
+        if marks.len() != bits.region_len() {
+            return Err(LedgerError::RegionLength {
+                region,
+                expected: marks.len().0,
+                got: bits.region_len().0,
+            });
+        }
+        Ok(marks)
+    }
+
+    fn note_work(&mut self, at: WindowRef) {
+        let lanes = self.lane_count();
+        if let Some(lane) = self.lanes.get_mut(usize::from(lane_of(at.window, lanes).0)) {
+            lane.work.insert(at, lanes);
+        }
+    }
+
+    fn lane_count(&self) -> u8 {
+        u8::try_from(self.lanes.len()).unwrap_or(limits::MAX_LANES)
+    }
+
+    // Frames.
+
+    /// Takes the next frame of `lane`, of regions of `kind` if one is given: up to [`limits::MAX_FRAME_BLOCKS`] dirty
+    /// blocks of one window. `None` if the lane has nothing to send or no session is open.
+    ///
+    /// A lane goes round its windows in ascending order, so each gets its turn however fast another one is dirtied.
+    pub fn next_frame(&mut self, lane: Lane, kind: Option<RegionKind>) -> Option<FrameJob> {
+        let Session::Open(_) = self.session else {
+            return None;
+        };
+        let lanes = self.lane_count();
+        let regions = &self.regions;
+        let state = self.lanes.get_mut(usize::from(lane.0))?;
+        let wanted = |region: RegionId| {
+            let marks = regions.get(usize::from(region.0));
+            marks.is_some_and(|marks| kind.is_none_or(|kind| kind == marks.kind()))
+        };
+        let dirty = |at: WindowRef| {
+            let marks = regions.get(usize::from(at.region.0));
+            marks.map_or(WindowBits::EMPTY, |marks| marks.dirty_in(at.window))
+        };
+        let (at, blocks) = state.work.next(lane, lanes, wanted, dirty)?;
+        self.take(lane, at, &blocks)
+    }
+
+    fn take(&mut self, lane: Lane, at: WindowRef, blocks: &WindowBits) -> Option<FrameJob> {
+        let lanes = self.lane_count();
+        let marks = self.regions.get_mut(usize::from(at.region.0))?;
+        let state = self.lanes.get_mut(usize::from(lane.0))?;
+        let taken = marks.take(at.window, blocks);
+        if marks.dirty_in(at.window).is_empty() {
+            state.work.remove(at, lanes);
+        }
+        let bytes = marks.len().bytes_of(at.window, blocks);
+        let seq = state.send(at, *blocks, bytes, marks.kind());
+        self.counters.frames += 1;
+        self.counters.blocks += u64::from(blocks.count());
+        self.counters.bytes += u64::from(bytes);
+        self.counters.distinct_blocks += u64::from(taken.first_time);
+        self.counters.known_zero_blocks += u64::from(taken.zero.count());
+        Some(FrameJob {
+            region: at.region,
+            window: at.window,
+            blocks: *blocks,
+            known_zero: taken.zero,
+            lane,
+            seq,
+        })
+    }
+
+    /// Takes in what the destination says it has applied and flushed. Checked as a whole before any of it counts.
+    ///
+    /// # Errors
+    /// The peer claims what cannot be; nothing has changed.
+    pub fn on_progress(&mut self, progress: &[LaneProgress]) -> Result<Frames, LedgerError> {
+        let Session::Open(_) = self.session else {
+            return Err(LedgerError::NoSession);
+        };
+        self.check_progress(progress, Floor::KnownProgress)?;
+        let mut acked = Frames::default();
+        for lane in progress {
+            if let Some(state) = self.lanes.get_mut(usize::from(lane.lane.0)) {
+                acked.add_all(state.settle(lane.applied, lane.flushed));
+            }
+        }
+        Ok(acked)
+    }
+
+    fn check_progress(&self, progress: &[LaneProgress], floor: Floor) -> Result<(), LedgerError> {
+        let mut next = 0;
+        for claim in progress {
+            let index = usize::from(claim.lane.0);
+            let state =
+                self.lanes
+                    .get(index)
+                    .filter(|_| index >= next)
+                    .ok_or(LedgerError::Lane {
+                        lane: claim.lane,
+                        lanes: self.lanes.len(),
+                    })?;
+            next = index + 1;
+            state.check(claim, floor)?;
+        }
+        Ok(())
+    }
+
+    // Sessions.
+
+    /// The session is gone: no frame is taken until the next [`on_ready`](Self::on_ready). What is in flight stays so,
+    /// since the destination may still apply it.
+    pub fn on_session_lost(&mut self) {
+        if let Session::Open(session) = self.session {
+            self.session = Session::Lost(session);
+        }
+    }
+
+    /// Opens session `session` of `lanes` lanes with what the destination said in `Ready` (`[WIRE-30]` ff.).
+    ///
+    /// Of the frames of the session before, memory frames that the destination has applied and disk frames that it has
+    /// flushed are safe; all others are dirty again. What it said earlier stays true for as long as the incarnation
+    /// is the same, so a resume point can only add to it. A `Ready` within the open session (its number is the same)
+    /// changes nothing but the incarnations; then everything not yet safe is sent again.
+    ///
+    /// # Errors
+    /// The peer claims what cannot be, or the session number is not above the last one; nothing has changed.
+    pub fn on_ready(
+        &mut self,
+        session: SessionNumber,
+        lanes: u8,
+        ready: &Ready,
+    ) -> Result<Resumed, LedgerError> {
+        if ready.incarnations.len() != self.regions.len() {
+            return Err(LedgerError::Incarnations {
+                expected: self.regions.len(),
+                got: ready.incarnations.len(),
+            });
+        }
+        let (kept, put_back) = if self.session == Session::Open(session) {
+            self.renew_within_session(&ready.incarnations)
+        } else {
+            self.begin_session(session, lanes, ready.resume.as_ref())?
+        };
+        let restarted = self.adopt(&ready.incarnations);
+        for region in &restarted {
+            self.region_restarted(*region)?;
+        }
+        Ok(Resumed {
+            restarted,
+            kept,
+            put_back,
+        })
+    }
+
+    fn begin_session(
+        &mut self,
+        session: SessionNumber,
+        lanes: u8,
+        point: Option<&ResumePoint>,
+    ) -> Result<(Frames, Frames), LedgerError> {
+        let last = match self.session {
+            Session::None => SessionNumber(0),
+            Session::Open(last) | Session::Lost(last) => last,
+        };
+        if session <= last || lanes == 0 || lanes > limits::MAX_LANES {
+            return Err(LedgerError::SessionNumber {
+                last,
+                got: session,
+                lanes,
+            });
+        }
+        let mut kept = self.in_flight();
+        kept.add_all(self.unflushed());
+        if let Some(point) = point.filter(|point| point.session == last) {
+            self.check_progress(&point.lanes, Floor::Any)?;
+            for lane in &point.lanes {
+                if let Some(state) = self.lanes.get_mut(usize::from(lane.lane.0)) {
+                    state.settle(lane.applied, lane.flushed);
+                }
+            }
+        }
+        let flights: Vec<Flight> = self.lanes.iter_mut().flat_map(LaneState::drain).collect();
+        self.lanes = (0..lanes)
+            .map(|_| LaneState::new(&self.regions, lanes))
+            .collect();
+        self.session = Session::Open(session);
+        self.note_all_work();
+        let put_back = self.put_back(&flights);
+        kept.remove_all(put_back);
+        Ok((kept, put_back))
+    }
+
+    /// A fresh hypervisor within the session: what it had not flushed is lost with the old one.
+    fn renew_within_session(&mut self, incarnations: &[Incarnation]) -> (Frames, Frames) {
+        let changed = self
+            .incarnations
+            .as_deref()
+            .is_some_and(|known| known != incarnations);
+        let put_back = if changed {
+            self.put_back_all()
+        } else {
+            Frames::default()
+        };
+        (Frames::default(), put_back)
+    }
+
+    /// Stores the incarnations and returns the regions that had another one.
+    fn adopt(&mut self, incarnations: &[Incarnation]) -> Vec<RegionId> {
+        let known = self.incarnations.replace(incarnations.to_vec());
+        known
+            .iter()
+            .flatten()
+            .zip(incarnations)
+            .zip((0u16..).map(RegionId))
+            .filter(|((before, now), _)| before != now)
+            .map(|(_, region)| region)
+            .collect()
+    }
+
+    fn note_all_work(&mut self) {
+        let lanes = self.lane_count();
+        for (marks, region) in self.regions.iter().zip((0u16..).map(RegionId)) {
+            for window in marks.dirty_windows() {
+                let lane = usize::from(lane_of(window, lanes).0);
+                if let Some(lane) = self.lanes.get_mut(lane) {
+                    lane.work.insert(WindowRef { region, window }, lanes);
+                }
+            }
+        }
+    }
+
+    // Questions.
+
+    /// Dirty blocks of all regions, or of those of one kind. Costs O(regions).
+    #[must_use]
+    pub fn dirty(&self, kind: Option<RegionKind>) -> Dirty {
+        self.regions
+            .iter()
+            .filter(|marks| kind.is_none_or(|kind| kind == marks.kind()))
+            .map(RegionMarks::dirty)
+            .fold(Dirty::default(), Dirty::plus)
+    }
+
+    /// Dirty blocks of one region; none for a region that does not exist.
+    #[must_use]
+    pub fn dirty_in(&self, region: RegionId) -> Dirty {
+        self.regions
+            .get(usize::from(region.0))
+            .map(RegionMarks::dirty)
+            .unwrap_or_default()
+    }
+
+    /// Whether no block is dirty: everything is taken. It may still be in flight.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.regions.iter().all(RegionMarks::is_clean)
+    }
+
+    /// Whether no block is dirty and every frame is applied.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.is_clean() && self.in_flight().frames == 0
+    }
+
+    /// Frames that the destination has not said to have applied. Costs O(lanes).
+    #[must_use]
+    pub fn in_flight(&self) -> Frames {
+        self.sum(LaneState::in_flight)
+    }
+
+    /// Disk frames that are applied but not flushed. Costs O(lanes).
+    #[must_use]
+    pub fn unflushed(&self) -> Frames {
+        self.sum(LaneState::unflushed)
+    }
+
+    fn sum(&self, part: impl Fn(&LaneState) -> Frames) -> Frames {
+        let mut total = Frames::default();
+        self.lanes.iter().for_each(|lane| total.add_all(part(lane)));
+        total
+    }
+
+    /// Last sequence number taken of each lane: what `Final` names. Empty before the first session.
+    #[must_use]
+    pub fn final_seqs(&self) -> Vec<FrameSeq> {
+        self.lanes.iter().map(LaneState::last_sent).collect()
+    }
+
+    /// Totals since the migration began.
+    #[must_use]
+    pub const fn counters(&self) -> Counters {
+        self.counters
+    }
+}
+
+/// What progress is compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Floor {
+    /// It may not be below what was said before.
+    KnownProgress,
+    /// It may: a destination that was restarted need not remember all it said.
+    Any,
+}
+
+impl Amount {
+    fn add(&mut self, other: Self) {
+        self.blocks += other.blocks;
+        self.bytes += other.bytes;
+    }
+}
+
+impl Dirty {
+    fn plus(mut self, other: Self) -> Self {
+        self.all.add(other.all);
+        self.known_zero_blocks += other.known_zero_blocks;
+        self
+    }
+}
+
+impl Frames {
+    fn add(&mut self, flight: &Flight) {
+        self.frames += 1;
+        self.amount.add(flight.amount());
+    }
+
+    fn remove(&mut self, flight: &Flight) {
+        self.frames -= 1;
+        self.amount.blocks -= flight.amount().blocks;
+        self.amount.bytes -= flight.amount().bytes;
+    }
+
+    fn remove_all(&mut self, other: Self) {
+        self.frames -= other.frames;
+        self.amount.blocks -= other.amount.blocks;
+        self.amount.bytes -= other.amount.bytes;
+    }
+
+    fn add_all(&mut self, other: Self) {
+        self.frames += other.frames;
+        self.amount.add(other.amount);
+    }
+}
