@@ -74,7 +74,12 @@ impl Validity {
 
 impl fmt::Display for Validity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} to {}", moment(self.not_before), moment(self.not_after))
+        write!(
+            f,
+            "{} to {}",
+            moment(self.not_before),
+            moment(self.not_after)
+        )
     }
 }
 
@@ -126,7 +131,9 @@ fn host_name(text: &str) -> Result<String, CertsError> {
                 .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
     };
     // All digits and dots would be taken for an (impossible) address by every client.
-    let numeric = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let numeric = text
+        .bytes()
+        .all(|byte| byte.is_ascii_digit() || byte == b'.');
     if text.len() <= 253 && !numeric && text.split('.').all(label_fits) {
         Ok(text.to_ascii_lowercase())
     } else {
@@ -317,7 +324,12 @@ impl CertificateAuthority {
 fn authority_name(key: &KeyPair) -> String {
     let raw = key.public_key_raw();
     // The first byte of an uncompressed point is always 4; the coordinates behind it are random.
-    let tag: String = raw.iter().skip(1).take(8).map(|b| format!("{b:02x}")).collect();
+    let tag: String = raw
+        .iter()
+        .skip(1)
+        .take(8)
+        .map(|b| format!("{b:02x}"))
+        .collect();
     format!("vmferry private CA {tag}")
 }
 

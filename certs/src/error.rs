@@ -59,7 +59,9 @@ pub enum CertsError {
         to: String,
     },
     /// A host name that cannot be a DNS name.
-    #[error("{name:?} cannot name a host: use letters, digits, - and . as in `alpha` or `alpha.example.net`")]
+    #[error(
+        "{name:?} cannot name a host: use letters, digits, - and . as in `alpha` or `alpha.example.net`"
+    )]
     InvalidName {
         /// The name.
         name: String,

@@ -1,3 +1,16 @@
 //! What both agents need and neither owns.
+//!
+//! Owns the QUIC endpoint and the host's identity, control and data streams, the window codec and digests,
+//! the journal and state folder, hooks, the local control socket, logging, units and pacing. It does not
+//! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
+pub mod digest;
+pub mod endpoint;
+pub mod identity;
+pub mod link;
+pub mod pace;
+pub mod phase;
 pub mod process;
+mod socket;
+pub mod telemetry;
+pub mod units;
