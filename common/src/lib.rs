@@ -4,9 +4,11 @@
 //! the journal and state folder, hooks, the local control socket, logging, units and pacing. It does not
 //! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
+pub mod control;
 pub mod digest;
 pub mod endpoint;
 pub mod identity;
+pub mod lanes;
 pub mod link;
 pub mod pace;
 pub mod phase;
