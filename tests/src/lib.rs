@@ -1,1 +1,5 @@
-//! Placeholder.
+//! What the tests that need both agents share.
+//!
+//! Owns harnesses only: nothing here is part of the product. Each module says what it plays.
+
+pub mod lab;

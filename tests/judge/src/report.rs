@@ -1,0 +1,115 @@
+//! What the judge says: statistics and mismatches on the console, mismatches and readiness on the control port too.
+//!
+//! Owns the counters and the two outputs. Details of the first [`DETAILED`] mismatches are printed, all are counted.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use vmferry_judge::params::ParamError;
+
+/// Mismatches printed in detail; the console is slow, and the first ones tell the story.
+const DETAILED: u64 = 24;
+
+/// Why the judge cannot do its work.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Failure(String);
+
+impl Failure {
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    pub(crate) fn of(what: impl Display, error: impl Display) -> Self {
+        Self(format!("{what}: {error}"))
+    }
+}
+
+impl From<ParamError> for Failure {
+    fn from(error: ParamError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Counters of one worker.
+struct Counters {
+    name: String,
+    passes: u64,
+    written: u64,
+}
+
+pub(crate) struct Report {
+    control: Mutex<File>,
+    corrupt: AtomicU64,
+    workers: Mutex<Vec<Counters>>,
+}
+
+impl Report {
+    pub(crate) fn new(control: &File) -> Result<Self, Failure> {
+        let control = control
+            .try_clone()
+            .map_err(|e| Failure::of("control port", e))?;
+        Ok(Self {
+            control: Mutex::new(control),
+            corrupt: AtomicU64::new(0),
+            workers: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Everything is filled and the work begins.
+    pub(crate) fn ready(&self, boot: u64) {
+        println!("judge: ready, boot {boot:016x}");
+        self.tell(&format!("ready {boot:016x}"));
+    }
+
+    /// Something is not as it must be.
+    pub(crate) fn corrupt(&self, text: &str) {
+        if self.corrupt.fetch_add(1, Ordering::Relaxed) < DETAILED {
+            println!("judge: CORRUPT: {text}");
+            self.tell(&format!("CORRUPT {text}"));
+        }
+    }
+
+    /// Adds to the statistics of worker `name`.
+    pub(crate) fn count(&self, name: &str, passes: u64, written: u64) {
+        let mut workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        match workers.iter_mut().find(|worker| worker.name == name) {
+            Some(worker) => {
+                worker.passes += passes;
+                worker.written += written;
+            }
+            None => workers.push(Counters {
+                name: name.into(),
+                passes,
+                written,
+            }),
+        }
+    }
+
+    pub(crate) fn statistics(&self, beats: u64) {
+        let corrupt = self.corrupt.load(Ordering::Relaxed);
+        let verdict = if corrupt == 0 { "ok" } else { "CORRUPT" };
+        let mut line = format!("judge: {verdict}, {corrupt} mismatches, {beats} beats");
+        let workers = self.workers.lock().unwrap_or_else(PoisonError::into_inner);
+        for Counters {
+            name,
+            passes,
+            written,
+        } in workers.iter()
+        {
+            line += &format!("; {name} pass {passes}, wrote {} KiB", written >> 10);
+        }
+        println!("{line}");
+    }
+
+    /// A line to the control port.
+    pub(crate) fn tell(&self, line: &str) {
+        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = control.write_all(format!("{line}\n").as_bytes()) {
+            println!("judge: FAILED: control port: {error}");
+        }
+    }
+}
