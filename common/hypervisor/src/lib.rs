@@ -8,6 +8,9 @@
 pub mod config;
 pub mod error;
 pub mod guest;
+pub mod launch;
+pub mod memory;
+pub mod open;
 pub mod qemu;
 
 pub use error::GuestError;

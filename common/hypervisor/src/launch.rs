@@ -1,0 +1,231 @@
+//! Hypervisor processes that outlive the agent: started, watched, ended.
+//!
+//! Owns the launch (own session, own cgroup where the host lets us, output to a file), the watch by pidfd and
+//! the end by pidfd: nothing is signalled by pid alone. Does not own what is launched: the argument list comes from the
+//! host's own guest file. An agent that ends leaves its hypervisors running.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::watch;
+use vmferry_common::process::ProcessIdentity;
+
+use crate::error::GuestError;
+
+/// How much of a hypervisor's output is shown in an error.
+const TAIL: u64 = 2000;
+/// How long a killed process may take to end.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// A process that is watched by its pidfd, launched here or found running.
+#[derive(Debug)]
+pub struct Watched {
+    identity: ProcessIdentity,
+    pidfd: AsyncFd<OwnedFd>,
+    launched: Option<Launched>,
+}
+
+/// What is known of a process only by the one that launched it.
+#[derive(Debug)]
+struct Launched {
+    log: PathBuf,
+    status: watch::Receiver<Option<ExitStatus>>,
+}
+
+/// Starts `argv` with its output appended to the file `log`, in a session and, where possible, a cgroup of its own, so that
+/// neither Ctrl-C nor a service manager that stops the agent ends it. Needs a tokio runtime.
+pub fn launch(argv: &[String], log: &Path) -> Result<Watched, GuestError> {
+    let (program, arguments) = argv.split_first().ok_or_else(|| {
+        GuestError::Config("launch: the command is empty; name the program first".to_owned())
+    })?;
+    let open_log = || OpenOptions::new().create(true).append(true).open(log);
+    let (out, err) = open_log()
+        .and_then(|out| Ok((out.try_clone()?, out)))
+        .map_err(|source| io_error(format!("cannot write the log {}", log.display()), source))?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(out)
+        .stderr(err);
+    let child = vmferry_memtrack::process::in_new_session(&mut command)
+        .spawn()
+        .map_err(|source| io_error(format!("cannot start {program}"), source))?;
+    let pid = child.id();
+    leave_cgroup(pid);
+    // Before anybody waits for it: until then even a child that ended at once keeps its pid.
+    let opened = identify(pid).and_then(|identity| Ok((identity, open_pidfd(pid)?)));
+    let status = reap(child);
+    let (identity, pidfd) = opened?;
+    Ok(Watched {
+        identity,
+        pidfd,
+        launched: Some(Launched {
+            log: log.to_owned(),
+            status,
+        }),
+    })
+}
+
+impl Watched {
+    /// Watches the process `identity`, which runs already. [`GuestError::Gone`] if it does not, or its pid is another's now.
+    pub fn find(identity: ProcessIdentity) -> Result<Self, GuestError> {
+        let pidfd = open_pidfd(identity.pid)?;
+        // Compared after the pidfd is open: from here on the pid cannot come to mean another process.
+        if identify(identity.pid)? != identity {
+            return Err(GuestError::Gone(format!("process {}", identity.pid)));
+        }
+        Ok(Self {
+            identity,
+            pidfd,
+            launched: None,
+        })
+    }
+
+    /// The process.
+    #[must_use]
+    pub const fn identity(&self) -> &ProcessIdentity {
+        &self.identity
+    }
+
+    /// Returns when the process has ended, with what is known of how. Cancel safe.
+    pub async fn ended(&self) -> String {
+        // An error of the reactor means that the runtime ends; then nobody waits for the answer.
+        let _ = self.pidfd.readable().await;
+        let Some(launched) = &self.launched else {
+            return format!("process {} has ended", self.identity.pid);
+        };
+        let mut status = launched.status.clone();
+        let how = match status.wait_for(Option::is_some).await.as_deref() {
+            Ok(Some(status)) => status.to_string(),
+            Ok(None) | Err(_) => "its exit status is not known".to_owned(),
+        };
+        let tail = tail_of(&launched.log);
+        let said = if tail.is_empty() {
+            format!("it printed nothing to {}", launched.log.display())
+        } else {
+            format!("its last output: {tail}")
+        };
+        format!("process {} has ended ({how}); {said}", self.identity.pid)
+    }
+
+    /// Kills the process and waits for its end. Fine if it has ended already.
+    pub async fn kill(&self) -> Result<(), GuestError> {
+        match pidfd_send_signal(self.pidfd.get_ref().as_fd(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(errno) => {
+                let what = format!("cannot end process {}", self.identity.pid);
+                return Err(io_error(what, errno.into()));
+            }
+        }
+        tokio::time::timeout(KILL_LIMIT, self.pidfd.readable())
+            .await
+            .map_err(|_| GuestError::TimedOut {
+                command: format!("SIGKILL of process {}", self.identity.pid),
+                seconds: KILL_LIMIT.as_secs(),
+            })?
+            .map(drop)
+            .map_err(|source| io_error("cannot watch a process".to_owned(), source))
+    }
+}
+
+fn open_pidfd(pid: u32) -> Result<AsyncFd<OwnedFd>, GuestError> {
+    let gone = || GuestError::Gone(format!("process {pid}"));
+    let failed = |source| io_error(format!("cannot watch process {pid}"), source);
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pidfd = pidfd_open(raw.ok_or_else(gone)?, PidfdFlags::NONBLOCK).map_err(|errno| {
+        if errno == rustix::io::Errno::SRCH {
+            gone()
+        } else {
+            failed(errno.into())
+        }
+    })?;
+    AsyncFd::register_with_interest(pidfd, Interest::READABLE).map_err(failed)
+}
+
+/// The identity of the process that has `pid` now.
+pub fn identify(pid: u32) -> Result<ProcessIdentity, GuestError> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).map_err(|_| GuestError::Gone(format!("process {pid}")))?;
+    // The name in field 2 may hold anything, so the fields are counted from its closing bracket.
+    let start_ticks = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok())
+        .ok_or_else(|| GuestError::Gone(format!("process {pid}")))?;
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_err(|source| io_error("cannot read the boot id".to_owned(), source))?;
+    Ok(ProcessIdentity {
+        pid,
+        start_ticks,
+        boot_id: boot_id.trim().to_owned(),
+    })
+}
+
+/// Waits for the child on a thread of its own, so that it never stays a zombie.
+fn reap(mut child: Child) -> watch::Receiver<Option<ExitStatus>> {
+    let (sender, receiver) = watch::channel(None);
+    std::thread::spawn(move || {
+        if let Ok(status) = child.wait() {
+            // Nobody may be listening any more.
+            let _ = sender.send(Some(status));
+        }
+    });
+    receiver
+}
+
+/// Moves `pid` out of this agent's cgroup: a service manager that stops the agent's would end the guest with it.
+fn leave_cgroup(pid: u32) {
+    // Unified hierarchy, hybrid one, and the name=systemd hierarchy of version 1.
+    let roots = [
+        "/sys/fs/cgroup",
+        "/sys/fs/cgroup/unified",
+        "/sys/fs/cgroup/systemd",
+    ];
+    let usable = roots
+        .iter()
+        .filter(|root| Path::new(root).join("cgroup.procs").exists());
+    let mut tried = false;
+    for root in usable {
+        tried = true;
+        let group = Path::new(root).join("vmferry-guests");
+        let moved = make_folder(&group)
+            .and_then(|()| fs::write(group.join("cgroup.procs"), pid.to_string()));
+        if let Err(error) = moved {
+            tracing::warn!(pid, group = %group.display(), %error, "the guest stays in the agent's cgroup: a service manager that stops the agent may end it (KillMode=process avoids that)");
+        }
+    }
+    if !tried {
+        tracing::debug!(pid, "no cgroup hierarchy found");
+    }
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+/// The end of a log, in one line.
+fn tail_of(log: &Path) -> String {
+    let read = || {
+        let mut file = fs::File::open(log)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(TAIL)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL).read_to_end(&mut bytes)?;
+        io::Result::Ok(String::from_utf8_lossy(&bytes).trim().replace('\n', " | "))
+    };
+    read().unwrap_or_default()
+}
+
+fn io_error(what: String, source: io::Error) -> GuestError {
+    GuestError::Io { what, source }
+}

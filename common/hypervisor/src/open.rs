@@ -1,0 +1,45 @@
+//! The table of drivers: from a guest file to a guest behind the traits.
+//!
+//! Owns nothing but the choice. A new hypervisor is one folder beside this file and one line in each function.
+
+use std::path::PathBuf;
+
+use vmferry_proto::spec::GuestSpec;
+
+use crate::config::{DriverKind, SourceConfig, TargetConfig};
+use crate::error::GuestError;
+use crate::guest::{SourceGuest, TargetGuest};
+
+/// What a destination driver needs of its agent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TargetOptions {
+    /// Folder for logs and private sockets of the guest; it exists.
+    pub run_dir: PathBuf,
+}
+
+/// Attaches to the running guest that `config` names and describes it. Nothing is done to it yet.
+#[allow(clippy::unused_async, reason = "drivers talk to their hypervisor here")]
+pub async fn open_source(config: &SourceConfig) -> Result<Box<dyn SourceGuest>, GuestError> {
+    match config.driver {
+        DriverKind::Qemu | DriverKind::Sim => Err(not_built_in(config.driver)),
+    }
+}
+
+/// Launches, or attaches to, the waiting copy that `config` names and compares it with `spec`.
+#[allow(clippy::unused_async, reason = "drivers talk to their hypervisor here")]
+pub async fn open_target(
+    config: &TargetConfig,
+    spec: &GuestSpec,
+    options: &TargetOptions,
+) -> Result<Box<dyn TargetGuest>, GuestError> {
+    match config.driver {
+        DriverKind::Qemu | DriverKind::Sim => {
+            tracing::debug!(guest = %spec.name, run_dir = %options.run_dir.display(), "no driver");
+            Err(not_built_in(config.driver))
+        }
+    }
+}
+
+fn not_built_in(driver: DriverKind) -> GuestError {
+    GuestError::Config(format!("driver {driver:?} is not built into this agent"))
+}
