@@ -147,7 +147,11 @@ fn open_pidfd(pid: u32) -> Result<AsyncFd<OwnedFd>, GuestError> {
             failed(errno.into())
         }
     })?;
-    AsyncFd::register_with_interest(pidfd, Interest::READABLE).map_err(failed)
+    #[expect(
+        deprecated,
+        reason = "the safe constructor is deprecated for descriptor types that may change their descriptor; OwnedFd does not, and this crate has no unsafe"
+    )]
+    AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(failed)
 }
 
 /// The identity of the process that has `pid` now.
