@@ -13,6 +13,9 @@ use crate::ids::{Attempt, FrameSeq, Lane, MigrationId, RegionId, SessionNumber};
 use crate::layout;
 use crate::limits;
 
+#[cfg(test)]
+mod tests;
+
 /// Version of both layouts of this file; another one is refused.
 pub const LAYOUT_VERSION: u8 = 1;
 

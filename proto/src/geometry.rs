@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::RegionId;
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes of a block: the unit of dirtiness.
 pub const BLOCK_SIZE: u32 = 4096;
 /// Blocks of a window: the unit of order and of transfer.
@@ -51,6 +54,10 @@ impl RegionLen {
 
     /// Number of windows, the short last one included. Saturates: `limits` caps region lengths far below.
     #[must_use]
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "compared with the largest value before; try_from is not const"
+    )]
     pub const fn windows(self) -> u32 {
         let windows = self.0.div_ceil(WINDOW_SIZE as u64);
         if windows > u32::MAX as u64 {
@@ -82,9 +89,10 @@ impl RegionLen {
         WindowBits::first(self.blocks_in(window))
     }
 
-    /// Bytes that the blocks `bits` of `window` hold.
+    /// Bytes that the blocks `bits` of `window` hold; blocks outside the region hold none.
     #[must_use]
     pub fn bytes_of(self, window: WindowIndex, bits: &WindowBits) -> u32 {
+        let bits = bits.and(&self.all_of(window));
         let last = self.blocks_in(window).saturating_sub(1);
         let full = bits.count() * BLOCK_SIZE;
         if bits.contains(last) {
@@ -94,11 +102,11 @@ impl RegionLen {
         }
     }
 
-    /// The byte ranges of blocks `bits` of `window`, ascending, neighbours joined.
+    /// The byte ranges of blocks `bits` of `window` within the region, ascending, neighbours joined.
     #[must_use]
     pub fn runs(self, window: WindowIndex, bits: &WindowBits) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
-        for block in bits.iter() {
+        for block in bits.and(&self.all_of(window)).iter() {
             let offset = window.offset() + u64::from(block) * u64::from(BLOCK_SIZE);
             let len = self.block_len(window, block);
             match runs.last_mut() {
@@ -138,8 +146,7 @@ impl WindowBits {
     #[must_use]
     pub fn span(from: u32, to: u32) -> Self {
         let mut bits = Self::EMPTY;
-        for (index, word) in bits.0.iter_mut().enumerate() {
-            let base = index as u32 * 64;
+        for (base, word) in (0u32..).step_by(64).zip(&mut bits.0) {
             let low = from.saturating_sub(base).min(64);
             let high = to.saturating_sub(base).min(64);
             if low < high {
@@ -217,13 +224,13 @@ impl WindowBits {
 
     /// The blocks, ascending.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.0.iter().enumerate().flat_map(|(index, word)| {
+        (0u32..).step_by(64).zip(&self.0).flat_map(|(base, word)| {
             let mut left = *word;
             std::iter::from_fn(move || {
                 (left != 0).then(|| {
                     let bit = left.trailing_zeros();
                     left &= left - 1;
-                    index as u32 * 64 + bit
+                    base + bit
                 })
             })
         })
@@ -324,14 +331,15 @@ impl RegionBits {
 
     fn insert_blocks(&mut self, first: u64, end: u64) {
         let per_window = u64::from(WINDOW_BLOCKS);
-        let mut block = first;
-        while block < end {
-            let window = block / per_window;
-            let stop = end.min((window + 1) * per_window);
-            let base = window * per_window;
-            let bits = WindowBits::span((block - base) as u32, (stop - base) as u32);
-            self.insert(WindowIndex(window as u32), &bits);
-            block = stop;
+        for window in first / per_window..end.div_ceil(per_window) {
+            let within = |block: u64| {
+                let block = block.saturating_sub(window * per_window).min(per_window);
+                u32::try_from(block).unwrap_or(WINDOW_BLOCKS)
+            };
+            let bits = WindowBits::span(within(first), within(end));
+            if let Ok(window) = u32::try_from(window) {
+                self.insert(WindowIndex(window), &bits);
+            }
         }
     }
 

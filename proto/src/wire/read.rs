@@ -164,7 +164,8 @@ fn session(field: &'static str, value: u64) -> Read<SessionNumber> {
 }
 
 fn region_id(field: &'static str, value: u32) -> Read<RegionId> {
-    small(field, value, 0, limits::MAX_REGIONS as u32 - 1).map(RegionId)
+    range(field, u64::from(value), 0, limits::MAX_REGIONS as u64 - 1)?;
+    small(field, value, 0, u32::from(u16::MAX)).map(RegionId)
 }
 
 /// Whether `keys` rise from each to the next.
