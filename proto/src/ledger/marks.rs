@@ -50,6 +50,11 @@ impl RegionMarks {
         self.dirty.get(window)
     }
 
+    #[cfg(test)]
+    pub(super) fn zero_in(&self, window: WindowIndex) -> WindowBits {
+        self.zero.get(window)
+    }
+
     pub(super) fn dirty_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {
         self.dirty.iter().map(|(window, _)| window)
     }

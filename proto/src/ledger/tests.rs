@@ -71,3 +71,661 @@ fn the_first_pass_accounts_for_every_block_of_every_region() {
     assert!(ledger.is_settled());
     assert_eq!(ledger.unflushed().amount.bytes, lens[1]);
 }
+
+fn one_disk_and_memory() -> Ledger {
+    Ledger::new(&[
+        region(0, RegionKind::Memory, 3 * 4096),
+        region(1, RegionKind::Disk, 3 * 4096),
+    ])
+}
+
+fn bits(len: u64, blocks: &[u32]) -> RegionBits {
+    let mut bits = RegionBits::empty(RegionLen(len));
+    for block in blocks {
+        bits.insert_bytes(u64::from(*block) * 4096, 1);
+    }
+    bits
+}
+
+fn open(ledger: &mut Ledger, session: u64) -> Resumed {
+    ledger
+        .on_ready(SessionNumber(session), 1, &ready(&[1, 1], None))
+        .unwrap()
+}
+
+fn send_all(ledger: &mut Ledger) -> Vec<FrameJob> {
+    std::iter::from_fn(|| ledger.next_frame(Lane(0), None)).collect()
+}
+
+fn resume_point(session: u64, lanes: Vec<LaneProgress>) -> Option<ResumePoint> {
+    Some(ResumePoint {
+        session: SessionNumber(session),
+        lanes,
+    })
+}
+
+#[test]
+fn kinds_can_be_asked_for_alone() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    let disk = ledger.next_frame(Lane(0), Some(RegionKind::Disk)).unwrap();
+    assert_eq!(disk.region, RegionId(1));
+    assert!(ledger.next_frame(Lane(0), Some(RegionKind::Disk)).is_none());
+    let memory = ledger.next_frame(Lane(0), None).unwrap();
+    assert_eq!(memory.region, RegionId(0));
+    assert!(ledger.next_frame(Lane(0), None).is_none());
+    assert!(ledger.next_frame(Lane(1), None).is_none(), "no such lane");
+}
+
+/// A window that is dirtied all the time does not keep the lane from the others.
+#[test]
+fn a_hot_window_does_not_starve_the_others() {
+    let windows = 5;
+    let len = windows * u64::from(WINDOW_SIZE);
+    let mut ledger = Ledger::new(&[region(0, RegionKind::Memory, len)]);
+    ledger
+        .on_ready(SessionNumber(1), 1, &ready(&[1], None))
+        .unwrap();
+    let hot = WindowRef {
+        region: RegionId(0),
+        window: WindowIndex(1),
+    };
+    let mut visited = std::collections::BTreeSet::new();
+    for _ in 0..windows * 4 {
+        let job = ledger.next_frame(Lane(0), None).unwrap();
+        visited.insert(job.window);
+        ledger.mark_dirty_window(hot, &WindowBits::FULL).unwrap();
+    }
+    assert_eq!(visited.len() as u64, windows);
+}
+
+#[test]
+fn zero_marks_live_until_the_next_write() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    let len = 3 * 4096;
+    ledger.mark_zero(RegionId(0), &bits(len, &[0, 1])).unwrap();
+    assert_eq!(ledger.dirty(None).known_zero_blocks, 2);
+    ledger.mark_dirty(RegionId(0), &bits(len, &[1])).unwrap();
+    assert_eq!(ledger.dirty_in(RegionId(0)).known_zero_blocks, 1);
+    let job = ledger.next_frame(Lane(0), None).unwrap();
+    assert_eq!(job.known_zero, WindowBits::first(1));
+    ledger.mark_zero(RegionId(0), &bits(len, &[2])).unwrap();
+    assert_eq!(
+        ledger.dirty(None).known_zero_blocks,
+        0,
+        "a block that is not dirty is not sent, so nothing need be known of it"
+    );
+}
+
+/// `[WIRE-32]`: memory counts as applied, disks count as flushed.
+#[test]
+fn a_lost_session_keeps_applied_memory_and_flushed_disk() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    let jobs = send_all(&mut ledger);
+    assert_eq!(jobs.len(), 2);
+    ledger.on_session_lost();
+    assert!(ledger.next_frame(Lane(0), None).is_none());
+    assert_eq!(
+        ledger.on_progress(&[progress(0, 2, 2)]),
+        Err(LedgerError::NoSession)
+    );
+    let resumed = ledger
+        .on_ready(
+            SessionNumber(2),
+            1,
+            &ready(&[1, 1], resume_point(1, vec![progress(0, 2, 1)])),
+        )
+        .unwrap();
+    assert_eq!((resumed.kept.frames, resumed.put_back.frames), (1, 1));
+    assert_eq!(ledger.dirty_in(RegionId(0)).all.blocks, 0);
+    assert_eq!(ledger.dirty_in(RegionId(1)).all.blocks, 3);
+    assert_eq!(
+        send_all(&mut ledger)[0].seq,
+        FrameSeq(1),
+        "numbers begin anew"
+    );
+    assert_eq!(ledger.counters().resent_blocks(), 3);
+}
+
+#[test]
+fn a_resume_point_of_another_session_adds_nothing() {
+    for session in [2, 9] {
+        let mut ledger = one_disk_and_memory();
+        open(&mut ledger, 3);
+        send_all(&mut ledger);
+        ledger.on_progress(&[progress(0, 1, 0)]).unwrap();
+        ledger.on_session_lost();
+        let point = resume_point(session, vec![progress(0, 900, 900)]);
+        ledger
+            .on_ready(SessionNumber(10), 1, &ready(&[1, 1], point))
+            .unwrap();
+        assert_eq!(ledger.dirty_in(RegionId(0)).all.blocks, 0, "known before");
+        assert_eq!(ledger.dirty_in(RegionId(1)).all.blocks, 3);
+    }
+}
+
+#[test]
+fn a_changed_incarnation_makes_the_region_wholly_dirty() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    send_all(&mut ledger);
+    ledger.on_progress(&[progress(0, 2, 1)]).unwrap();
+    ledger.on_session_lost();
+    let point = resume_point(1, vec![progress(0, 2, 2)]);
+    let resumed = ledger
+        .on_ready(SessionNumber(2), 1, &ready(&[2, 1], point))
+        .unwrap();
+    assert_eq!(resumed.restarted, [RegionId(0)]);
+    assert_eq!(ledger.dirty_in(RegionId(0)).all.blocks, 3);
+    assert_eq!(ledger.dirty_in(RegionId(1)).all.blocks, 0);
+}
+
+/// A destination that had to load into a fresh hypervisor says `Ready` again within the session.
+#[test]
+fn a_renewed_hypervisor_loses_what_was_not_flushed() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    send_all(&mut ledger);
+    ledger.on_progress(&[progress(0, 2, 1)]).unwrap();
+    assert!(ledger.is_settled());
+    open(&mut ledger, 1);
+    assert!(ledger.is_settled(), "nothing was renewed");
+    ledger
+        .on_ready(SessionNumber(1), 1, &ready(&[2, 1], None))
+        .unwrap();
+    assert_eq!(ledger.dirty(None).all.blocks, 6);
+    assert_eq!(send_all(&mut ledger)[0].seq, FrameSeq(3), "numbers go on");
+    ledger.on_progress(&[progress(0, 4, 4)]).unwrap();
+    assert!(ledger.is_settled());
+}
+
+#[test]
+fn a_block_written_again_in_flight_stays_dirty_when_the_frame_is_applied() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    send_all(&mut ledger);
+    ledger
+        .mark_dirty(RegionId(0), &bits(3 * 4096, &[1]))
+        .unwrap();
+    ledger.on_progress(&[progress(0, 2, 2)]).unwrap();
+    assert_eq!(ledger.dirty(None).all.blocks, 1);
+    assert_eq!(ledger.in_flight(), Frames::default());
+}
+
+#[test]
+fn progress_that_cannot_be_is_refused_and_changes_nothing() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    send_all(&mut ledger);
+    ledger.on_progress(&[progress(0, 1, 1)]).unwrap();
+    let before = format!("{ledger:?}");
+    let refused = [
+        vec![progress(0, 3, 1)],
+        vec![progress(0, u64::MAX, 1)],
+        vec![progress(0, 0, 0)],
+        vec![progress(0, 2, 0)],
+        vec![progress(0, 1, 2)],
+        vec![progress(1, 0, 0)],
+        vec![progress(0, 2, 2), progress(0, 2, 2)],
+        vec![progress(0, 2, 2), progress(1, 2, 2)],
+    ];
+    for claim in refused {
+        assert!(ledger.on_progress(&claim).is_err(), "{claim:?}");
+        assert_eq!(format!("{ledger:?}"), before, "{claim:?}");
+    }
+    ledger.on_session_lost();
+    let before = format!("{ledger:?}");
+    let refused = [
+        (
+            2,
+            1,
+            ready(&[1, 1], resume_point(1, vec![progress(0, 3, 0)])),
+        ),
+        (
+            2,
+            1,
+            ready(&[1, 1], resume_point(1, vec![progress(5, 0, 0)])),
+        ),
+        (2, 1, ready(&[1], None)),
+        (1, 1, ready(&[1, 1], None)),
+        (2, 0, ready(&[1, 1], None)),
+        (2, 65, ready(&[1, 1], None)),
+    ];
+    for (session, lanes, claim) in refused {
+        let result = ledger.on_ready(SessionNumber(session), lanes, &claim);
+        assert!(result.is_err(), "{claim:?}");
+        assert_eq!(format!("{ledger:?}"), before, "{claim:?}");
+    }
+}
+
+#[test]
+fn marks_for_what_is_not_there_are_refused() {
+    let mut ledger = one_disk_and_memory();
+    let marks = RegionBits::full(RegionLen(3 * 4096));
+    assert_eq!(
+        ledger.mark_dirty(RegionId(2), &marks),
+        Err(LedgerError::UnknownRegion(RegionId(2)))
+    );
+    let grown = RegionBits::full(RegionLen(4 * 4096));
+    assert!(matches!(
+        ledger.mark_dirty(RegionId(1), &grown),
+        Err(LedgerError::RegionLength { .. })
+    ));
+    assert!(ledger.mark_zero(RegionId(1), &grown).is_err());
+    assert!(ledger.region_restarted(RegionId(2)).is_err());
+}
+
+mod against_an_oracle {
+    //! The ledger beside a destination that really stores blocks: per block a version number. Whatever is lost, put
+    //! back or renewed, once the ledger is settled the destination's blocks are those of the source.
+
+    use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::geometry::BLOCK_SIZE;
+
+    type Block = (u16, u64);
+
+    /// Three regions around the edges: several windows and a short last block, one block, one window and a bit.
+    const LENS: [(RegionKind, u64); 3] = [
+        (RegionKind::Memory, 5 * (2 << 20) + 4096 + 5),
+        (RegionKind::Disk, 17),
+        (RegionKind::Disk, (2 << 20) + 4096),
+    ];
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Write {
+            region: u16,
+            at: u64,
+            len: u64,
+            zero: bool,
+        },
+        Send {
+            lane: u8,
+            kind: u8,
+            frames: u8,
+        },
+        Apply {
+            lane: u8,
+            frames: u8,
+        },
+        Flush,
+        Report,
+        Lose {
+            lanes: u8,
+            flush_first: bool,
+            forget: bool,
+        },
+        HypervisorDies {
+            lanes: u8,
+        },
+        Renew,
+        DiskReplaced {
+            lanes: u8,
+        },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let lanes = 1u8..5;
+        prop_oneof![
+            4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
+                .prop_map(|(region, at, len, zero)| Step::Write { region, at, len, zero }),
+            8 => (0u8..5, 0u8..3, 1u8..9).prop_map(|(lane, kind, frames)| Step::Send { lane, kind, frames }),
+            6 => (0u8..5, 1u8..9).prop_map(|(lane, frames)| Step::Apply { lane, frames }),
+            2 => Just(Step::Flush),
+            3 => Just(Step::Report),
+            2 => (lanes.clone(), any::<bool>(), any::<bool>())
+                .prop_map(|(lanes, flush_first, forget)| Step::Lose { lanes, flush_first, forget }),
+            1 => lanes.clone().prop_map(|lanes| Step::HypervisorDies { lanes }),
+            1 => Just(Step::Renew),
+            1 => lanes.prop_map(|lanes| Step::DiskReplaced { lanes }),
+        ]
+    }
+
+    #[derive(Debug, Default, Clone, Copy)]
+    struct LaneCount {
+        applied: u64,
+        flushed: u64,
+    }
+
+    #[derive(Debug)]
+    struct World {
+        ledger: Ledger,
+        session: u64,
+        incarnations: [u8; 3],
+        clock: u64,
+        /// What the source's guest has in each block.
+        source: HashMap<Block, u64>,
+        zero_known: BTreeSet<Block>,
+        /// Dirty, as plainly as can be.
+        dirty: BTreeSet<Block>,
+        ever_sent: BTreeSet<Block>,
+        sent_blocks: u64,
+        /// On the lanes: what each block had when it was read.
+        wire: Vec<Vec<Vec<(Block, u64)>>>,
+        /// The destination: content in its hypervisor, and of disks what would survive it.
+        target: HashMap<Block, u64>,
+        stable: HashMap<Block, u64>,
+        lanes: Vec<LaneCount>,
+    }
+
+    fn is_disk(block: Block) -> bool {
+        LENS[usize::from(block.0)].0 == RegionKind::Disk
+    }
+
+    fn all_blocks(region: u16) -> impl Iterator<Item = Block> {
+        let blocks = RegionLen(LENS[usize::from(region)].1).blocks();
+        (0..blocks).map(move |block| (region, block))
+    }
+
+    fn in_job(job: &FrameJob, set: &WindowBits) -> Vec<Block> {
+        let base = u64::from(job.window.0) * 512;
+        set.iter()
+            .map(|block| (job.region.0, base + u64::from(block)))
+            .collect()
+    }
+
+    impl World {
+        fn new() -> Self {
+            let specs: Vec<_> = (0u16..)
+                .zip(LENS)
+                .map(|(id, (kind, len))| region(id, kind, len))
+                .collect();
+            let all: BTreeSet<Block> = (0..3).flat_map(all_blocks).collect();
+            let mut world = Self {
+                ledger: Ledger::new(&specs),
+                session: 0,
+                incarnations: [1; 3],
+                clock: 1,
+                source: all.iter().map(|block| (*block, 1)).collect(),
+                zero_known: BTreeSet::new(),
+                dirty: all,
+                ever_sent: BTreeSet::new(),
+                sent_blocks: 0,
+                wire: Vec::new(),
+                target: HashMap::new(),
+                stable: HashMap::new(),
+                lanes: Vec::new(),
+            };
+            world.connect(2, None);
+            world
+        }
+
+        fn connect(&mut self, lanes: u8, resume: Option<ResumePoint>) {
+            self.session += 1;
+            self.ledger
+                .on_ready(
+                    SessionNumber(self.session),
+                    lanes,
+                    &ready(&self.incarnations, resume),
+                )
+                .unwrap();
+            self.lanes = vec![LaneCount::default(); usize::from(lanes)];
+            self.wire = vec![Vec::new(); usize::from(lanes)];
+        }
+
+        fn resume(&self, forget: bool) -> Option<ResumePoint> {
+            let point = self.claim();
+            (!forget).then(|| ResumePoint {
+                session: SessionNumber(self.session),
+                lanes: point,
+            })
+        }
+
+        fn claim(&self) -> Vec<LaneProgress> {
+            (0u8..)
+                .zip(&self.lanes)
+                .map(|(lane, count)| progress(lane, count.applied, count.flushed))
+                .collect()
+        }
+
+        fn apply(&mut self, step: &Step) {
+            match *step {
+                Step::Write {
+                    region,
+                    at,
+                    len,
+                    zero,
+                } => self.write(region, at, len, zero),
+                Step::Send { lane, kind, frames } => {
+                    for _ in 0..frames {
+                        self.send(lane, kind);
+                    }
+                }
+                Step::Apply { lane, frames } => {
+                    for _ in 0..frames {
+                        self.apply_one(lane);
+                    }
+                }
+                Step::Flush => self.flush(),
+                Step::Report => {
+                    self.ledger.on_progress(&self.claim()).unwrap();
+                }
+                Step::Lose {
+                    lanes,
+                    flush_first,
+                    forget,
+                } => {
+                    self.ledger.on_session_lost();
+                    if flush_first {
+                        self.flush();
+                    }
+                    self.connect(lanes, self.resume(forget));
+                    self.learn_dirty();
+                }
+                Step::HypervisorDies { lanes } => {
+                    self.ledger.on_session_lost();
+                    self.hypervisor_dies();
+                    self.connect(lanes, self.resume(false));
+                    self.learn_dirty();
+                }
+                Step::Renew => {
+                    while (0..5).any(|lane| self.apply_one(lane)) {}
+                    self.hypervisor_dies();
+                    let ready = ready(&self.incarnations, None);
+                    self.ledger
+                        .on_ready(SessionNumber(self.session), 1, &ready)
+                        .unwrap();
+                    self.learn_dirty();
+                }
+                Step::DiskReplaced { lanes } => {
+                    self.ledger.on_session_lost();
+                    self.incarnations[2] += 1;
+                    self.target.retain(|block, _| block.0 != 2);
+                    self.stable.retain(|block, _| block.0 != 2);
+                    self.connect(lanes, self.resume(false));
+                    self.learn_dirty();
+                    assert!(all_blocks(2).all(|block| self.dirty.contains(&block)));
+                }
+            }
+        }
+
+        fn write(&mut self, region: u16, at: u64, len: u64, zero: bool) {
+            let region_len = RegionLen(LENS[usize::from(region)].1);
+            let mut marks = RegionBits::empty(region_len);
+            marks.insert_bytes(at, len);
+            self.clock += 1;
+            for (window, bits) in marks.iter() {
+                for block in bits.iter() {
+                    let block = (region, u64::from(window.0) * 512 + u64::from(block));
+                    self.source.insert(block, self.clock);
+                    self.dirty.insert(block);
+                    self.zero_known.remove(&block);
+                    if zero {
+                        self.zero_known.insert(block);
+                    }
+                }
+            }
+            self.ledger.mark_dirty(RegionId(region), &marks).unwrap();
+            if zero {
+                self.ledger.mark_zero(RegionId(region), &marks).unwrap();
+            }
+        }
+
+        fn send(&mut self, lane: u8, kind: u8) {
+            let kind = [None, Some(RegionKind::Memory), Some(RegionKind::Disk)][usize::from(kind)];
+            let lanes = u64::try_from(self.lanes.len()).unwrap();
+            let Some(job) = self.ledger.next_frame(Lane(lane), kind) else {
+                let left = self.dirty.iter().any(|block| {
+                    block.1 / 512 % lanes == u64::from(lane)
+                        && kind.is_none_or(|kind| kind == LENS[usize::from(block.0)].0)
+                });
+                assert!(!left, "lane {lane} has work but got no frame");
+                return;
+            };
+            let blocks = in_job(&job, &job.blocks);
+            let zero: BTreeSet<_> = in_job(&job, &job.known_zero).into_iter().collect();
+            let queue = &mut self.wire[usize::from(lane)];
+            let count = self.lanes[usize::from(lane)];
+            assert_eq!(job.seq.0, count.applied + queue.len() as u64 + 1);
+            for block in &blocks {
+                assert!(self.dirty.remove(block), "{block:?} was not dirty");
+                assert_eq!(zero.contains(block), self.zero_known.remove(block));
+                self.ever_sent.insert(*block);
+                self.sent_blocks += 1;
+            }
+            queue.push(blocks.into_iter().map(|b| (b, self.source[&b])).collect());
+        }
+
+        fn apply_one(&mut self, lane: u8) -> bool {
+            let Some(queue) = self.wire.get_mut(usize::from(lane)) else {
+                return false;
+            };
+            if queue.is_empty() {
+                return false;
+            }
+            self.target.extend(queue.remove(0));
+            self.lanes[usize::from(lane)].applied += 1;
+            true
+        }
+
+        fn flush(&mut self) {
+            let disk = self.target.iter().filter(|(block, _)| is_disk(**block));
+            self.stable = disk.map(|(block, version)| (*block, *version)).collect();
+            for lane in &mut self.lanes {
+                lane.flushed = lane.applied;
+            }
+        }
+
+        fn hypervisor_dies(&mut self) {
+            self.incarnations[0] += 1;
+            self.target = self.stable.clone();
+        }
+
+        /// After a loss the ledger says what is dirty: it may be more than needed, and must not be less.
+        fn learn_dirty(&mut self) {
+            let before = std::mem::take(&mut self.dirty);
+            for region in 0..3u16 {
+                let marks = &self.ledger.regions[usize::from(region)];
+                for block in all_blocks(region) {
+                    let window = WindowIndex(u32::try_from(block.1 / 512).unwrap());
+                    let bit = u32::try_from(block.1 % 512).unwrap();
+                    if marks.dirty_in(window).contains(bit) {
+                        self.dirty.insert(block);
+                    }
+                }
+            }
+            assert!(self.dirty.is_superset(&before), "a mark was lost");
+            // What was put back may have lost its zero mark; what was known before and kept is as it was.
+            let kept = self.ledger.dirty(None).known_zero_blocks;
+            let marks = &self.ledger.regions;
+            self.zero_known.retain(|block| {
+                let window = WindowIndex(u32::try_from(block.1 / 512).unwrap());
+                let bit = u32::try_from(block.1 % 512).unwrap();
+                marks[usize::from(block.0)].zero_in(window).contains(bit)
+            });
+            assert_eq!(self.zero_known.len() as u64, kept);
+        }
+
+        fn check(&self) {
+            let mut blocks = BTreeMap::<u16, u64>::new();
+            self.dirty
+                .iter()
+                .for_each(|block| *blocks.entry(block.0).or_default() += 1);
+            for (id, (_, len)) in (0u16..).zip(LENS) {
+                let count = blocks.get(&id).copied().unwrap_or_default();
+                let last = RegionLen(len).blocks() - 1;
+                let short = u64::from(BLOCK_SIZE) - (len - last * u64::from(BLOCK_SIZE));
+                let missing = if self.dirty.contains(&(id, last)) {
+                    short
+                } else {
+                    0
+                };
+                let dirty = self.ledger.dirty_in(RegionId(id));
+                assert_eq!(dirty.all.blocks, count);
+                assert_eq!(dirty.all.bytes, count * u64::from(BLOCK_SIZE) - missing);
+            }
+            let counters = self.ledger.counters();
+            assert_eq!(counters.blocks, self.sent_blocks);
+            assert_eq!(counters.distinct_blocks, self.ever_sent.len() as u64);
+            assert_eq!(self.ledger.is_clean(), self.dirty.is_empty());
+            assert_eq!(
+                self.ledger.dirty(None).known_zero_blocks,
+                self.zero_known.len() as u64
+            );
+            // The invariant: what is neither dirty nor on the way is at the destination.
+            let on_the_way: BTreeSet<Block> = self
+                .wire
+                .iter()
+                .flatten()
+                .flatten()
+                .map(|(block, _)| *block)
+                .collect();
+            for (block, version) in &self.source {
+                if !self.dirty.contains(block) && !on_the_way.contains(block) {
+                    assert_eq!(self.target.get(block), Some(version), "{block:?} is lost");
+                }
+            }
+        }
+
+        fn finish(mut self) {
+            for lane in 0..u8::try_from(self.lanes.len()).unwrap() {
+                while self.ledger.next_frame_exists(lane) {
+                    self.send(lane, 0);
+                }
+                while self.apply_one(lane) {}
+            }
+            self.flush();
+            let finals: Vec<_> = self
+                .lanes
+                .iter()
+                .map(|lane| FrameSeq(lane.applied))
+                .collect();
+            assert_eq!(self.ledger.final_seqs(), finals);
+            self.ledger.on_progress(&self.claim()).unwrap();
+            assert!(self.ledger.is_settled());
+            assert_eq!(self.ledger.unflushed(), Frames::default());
+            assert_eq!(self.target, self.source);
+        }
+    }
+
+    impl Ledger {
+        fn next_frame_exists(&self, lane: u8) -> bool {
+            let lanes = self.lane_count();
+            self.regions.iter().any(|marks| {
+                marks
+                    .dirty_windows()
+                    .any(|window| lane_of(window, lanes) == Lane(lane))
+            })
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn nothing_is_ever_lost(steps in prop::collection::vec(step(), 1..60)) {
+            let mut world = World::new();
+            for step in &steps {
+                world.apply(step);
+                world.check();
+            }
+            world.finish();
+        }
+    }
+}
