@@ -11,6 +11,7 @@
 //!     '------------------------> ENDING -> ENDED <---- SETTLED <-------------------------'
 //! ```
 
+mod copy;
 mod machine;
 mod register;
 mod state;

@@ -1,8 +1,8 @@
-//! One attempt at the source: the way to COMMITTING, and every way back before it.
+//! One attempt at the source: the way from the open question to COMMITTING.
 //!
-//! Owns everything that ends in a running guest at this side. Invariants: the pause follows a durable PAUSING, the resume
-//! follows a durable ROLLED_BACK of the same attempt (`[HAND-3]`), and nothing here is reached from COMMITTING but by
-//! a failed write that is known to be invisible, or the register's ABORTED.
+//! Owns the order of `[HAND-3]` up to COMMITTING and the checks of `[HAND-10]`; `unwind` owns the ways back. Invariants: the pause
+//! follows a durable PAUSING, and COMMITTING is handed to the journal only when everything was sent, the register that
+//! welcomed this session answered `Prepared`, and the guest was seen to stand still after that.
 
 use crate::error::{ErrorCode, WireError};
 use crate::ids::Attempt;
@@ -10,10 +10,9 @@ use crate::message::{AttemptKey, ToDestination};
 use crate::spec::RunState;
 
 use super::super::Unexpected;
-use super::super::permit::RunPermit;
 use super::machine::{Actions, SourceHandover};
-use super::state::{Ask, Doubt, Link, State, Step, UnwindStep, Unwinding};
-use super::{SourceAction, SourceEnd, SourceReport, Timer};
+use super::state::{Ask, Doubt, Link, State, UnwindStep};
+use super::{SourceAction, SourceReport, Timer};
 
 impl SourceHandover {
     pub(super) fn on_begin(
@@ -65,34 +64,51 @@ impl SourceHandover {
         before: RunState,
         actions: &mut Actions,
     ) -> Result<(), Unexpected> {
-        match self.state.clone() {
-            State::Pausing { attempt } if before == self.before => {
-                self.state = State::Streaming { attempt };
-                actions.push(SourceAction::StreamFinal {
-                    attempt,
-                    run_state: before,
-                });
-                Ok(())
-            }
-            State::Pausing { attempt } => {
-                self.before = before;
-                let reason = WireError::new(
-                    ErrorCode::GuestChanged,
-                    "somebody paused or resumed the guest just as it was to be paused for the cutover",
-                );
-                self.unwind(attempt, reason, true, actions);
-                Ok(())
-            }
-            State::Unwinding(unwinding) if unwinding.step == UnwindStep::AwaitingPause => {
-                self.before = before;
-                self.state = State::Unwinding(Unwinding {
-                    step: UnwindStep::Recording,
-                    ..unwinding
-                });
-                Ok(())
-            }
-            _ => self.unexpected("GuestPaused"),
+        if self.pause_answered(true) {
+            self.before = before;
+            return Ok(());
         }
+        let State::Pausing { attempt } = self.state else {
+            return self.unexpected("GuestPaused");
+        };
+        if before == self.before {
+            self.state = State::Streaming { attempt };
+            actions.push(SourceAction::StreamFinal {
+                attempt,
+                run_state: before,
+            });
+            return Ok(());
+        }
+        self.before = before;
+        let reason = WireError::new(
+            ErrorCode::GuestChanged,
+            "somebody paused or resumed the guest just as it was to be paused for the cutover",
+        );
+        self.give_up_paused(attempt, reason, true, actions);
+        Ok(())
+    }
+
+    /// The pause of an attempt that was given up meanwhile is answered: now it can be rolled back.
+    fn pause_answered(&mut self, paused: bool) -> bool {
+        if let State::Unwinding(unwinding) = &mut self.state
+            && unwinding.step == UnwindStep::AwaitingPause
+        {
+            unwinding.step = UnwindStep::Recording;
+            unwinding.paused = paused;
+            return true;
+        }
+        false
+    }
+
+    fn give_up_paused(
+        &mut self,
+        attempt: Attempt,
+        reason: WireError,
+        paused: bool,
+        actions: &mut Actions,
+    ) {
+        self.tell_abort(attempt, &reason, actions);
+        self.unwind(attempt, reason, paused, actions);
     }
 
     pub(super) fn on_pause_failed(
@@ -102,23 +118,14 @@ impl SourceHandover {
         actions: &mut Actions,
     ) -> Result<(), Unexpected> {
         let paused = before.is_some();
-        match self.state.clone() {
-            State::Pausing { attempt } => {
-                self.before = before.unwrap_or(self.before);
-                self.unwind(attempt, reason, paused, actions);
-                Ok(())
-            }
-            State::Unwinding(unwinding) if unwinding.step == UnwindStep::AwaitingPause => {
-                self.before = before.unwrap_or(self.before);
-                self.state = State::Unwinding(Unwinding {
-                    step: UnwindStep::Recording,
-                    paused,
-                    ..unwinding
-                });
-                Ok(())
-            }
-            _ => self.unexpected("PauseFailed"),
+        if !self.pause_answered(paused) {
+            let State::Pausing { attempt } = self.state else {
+                return self.unexpected("PauseFailed");
+            };
+            self.give_up_paused(attempt, reason, paused, actions);
         }
+        self.before = before.unwrap_or(self.before);
+        Ok(())
     }
 
     pub(super) fn on_final_sent(&mut self, sent: Attempt) -> Result<(), Unexpected> {
@@ -268,234 +275,6 @@ impl SourceHandover {
             | State::Fencing { .. }
             | State::Ending { .. }
             | State::Done { .. } => self.unexpected("AbortAttempt"),
-        }
-    }
-
-    /// Ends the attempt that is open and not yet in doubt; any other state is left alone.
-    pub(super) fn give_up_attempt(
-        &mut self,
-        reason: WireError,
-        end: Option<WireError>,
-        actions: &mut Actions,
-    ) {
-        let attempt = self.state.attempt();
-        match &self.state {
-            State::Opening { .. } | State::RecordingPausing { .. } => {
-                self.tell_abort(attempt, &reason, actions);
-                self.unwind(attempt, reason, false, actions);
-            }
-            State::Pausing { .. } => {
-                self.tell_abort(attempt, &reason, actions);
-                self.unwind_from(attempt, reason, true, UnwindStep::AwaitingPause);
-            }
-            State::Streaming { .. } | State::AwaitingPrepared { .. } | State::Checking { .. } => {
-                self.tell_abort(attempt, &reason, actions);
-                self.unwind(attempt, reason, true, actions);
-            }
-            State::Copying { .. }
-            | State::RecordingCommitting(_)
-            | State::InDoubt(_)
-            | State::Unwinding(_)
-            | State::Releasing { .. }
-            | State::Fencing { .. }
-            | State::Ending { .. }
-            | State::Done { .. } => return,
-        }
-        if let State::Unwinding(unwinding) = &mut self.state {
-            unwinding.end = end;
-        }
-    }
-
-    /// Best effort: whether it arrives or not, the attempt is settled as aborted before the next one is opened.
-    fn tell_abort(&self, attempt: Attempt, reason: &WireError, actions: &mut Actions) {
-        self.send(
-            ToDestination::Abort {
-                attempt,
-                reason: reason.clone(),
-            },
-            actions,
-        );
-    }
-
-    /// Leaves the way to COMMITTING: from here the guest goes on at this side once ROLLED_BACK is durable.
-    pub(super) fn unwind(
-        &mut self,
-        attempt: Attempt,
-        reason: WireError,
-        paused: bool,
-        actions: &mut Actions,
-    ) {
-        if matches!(
-            self.state,
-            State::Streaming { .. }
-                | State::AwaitingPrepared { .. }
-                | State::Checking { .. }
-                | State::RecordingCommitting(_)
-                | State::InDoubt(_)
-                | State::Fencing { .. }
-        ) {
-            actions.push(SourceAction::StopStream);
-        }
-        self.unwind_from(attempt, reason, paused, UnwindStep::Recording);
-    }
-
-    fn unwind_from(&mut self, attempt: Attempt, reason: WireError, paused: bool, step: UnwindStep) {
-        self.state = State::Unwinding(Unwinding {
-            attempt,
-            reason,
-            paused,
-            step,
-            end: None,
-        });
-    }
-
-    /// `[HAND-3]`: ROLLED_BACK of this attempt is durable, so the guest may go on.
-    pub(super) fn on_rolled_back(&mut self, unwinding: Unwinding, actions: &mut Actions) {
-        match unwinding.step {
-            UnwindStep::Recording | UnwindStep::ResumeFailed => {}
-            UnwindStep::AwaitingPause | UnwindStep::Resuming => return,
-        }
-        if !unwinding.paused {
-            self.finish_unwinding(unwinding, actions);
-            return;
-        }
-        self.state = State::Unwinding(Unwinding {
-            step: UnwindStep::Resuming,
-            ..unwinding
-        });
-        actions.push(SourceAction::Resume {
-            permit: RunPermit::new(),
-            to: self.before,
-        });
-    }
-
-    pub(super) fn on_resumed(&mut self, actions: &mut Actions) -> Result<(), Unexpected> {
-        match self.state.clone() {
-            State::Unwinding(unwinding) if unwinding.step == UnwindStep::Resuming => {
-                self.finish_unwinding(unwinding, actions);
-                Ok(())
-            }
-            State::Fencing {
-                step: Step::Doing, ..
-            } if !self.facts.shared_disks => {
-                self.finish(SourceEnd::ResumedByOperator, actions);
-                Ok(())
-            }
-            _ => self.unexpected("Resumed"),
-        }
-    }
-
-    pub(super) fn on_resume_failed(
-        &mut self,
-        reason: WireError,
-        actions: &mut Actions,
-    ) -> Result<(), Unexpected> {
-        match &mut self.state {
-            State::Unwinding(unwinding) if unwinding.step == UnwindStep::Resuming => {
-                unwinding.step = UnwindStep::ResumeFailed;
-            }
-            State::Fencing { step, .. } if *step == Step::Doing => *step = Step::Failed,
-            _ => return self.unexpected("ResumeFailed"),
-        }
-        actions.push(SourceAction::Report(SourceReport::ResumeFailed { reason }));
-        Ok(())
-    }
-
-    /// The guest is as before. After a pause the session is closed: the next one's `Offer` makes the destination settle the
-    /// attempt and renew its copy, and its `Ready` says what of it still counts.
-    fn finish_unwinding(&mut self, unwinding: Unwinding, actions: &mut Actions) {
-        let Unwinding {
-            attempt,
-            reason,
-            paused,
-            step: _,
-            end,
-        } = unwinding;
-        actions.push(SourceAction::Report(SourceReport::RolledBack {
-            attempt,
-            reason,
-        }));
-        if let Some(reason) = end {
-            self.begin_ending(attempt, reason);
-            return;
-        }
-        if paused && self.is_connected() {
-            actions.push(SourceAction::CloseSession);
-            self.link = Link::Down;
-        }
-        self.state = State::Copying { last: attempt };
-    }
-
-    pub(super) fn begin_ending(&mut self, last: Attempt, reason: WireError) {
-        self.state = State::Ending {
-            last,
-            reason,
-            step: Step::Recording,
-        };
-    }
-
-    /// ENDED is durable, or cannot be written: tell the destination, if it can be told.
-    pub(super) fn on_ended_durable(
-        &mut self,
-        last: Attempt,
-        reason: WireError,
-        step: Step,
-        actions: &mut Actions,
-    ) {
-        if step != Step::Recording {
-            return;
-        }
-        if !self.is_connected() {
-            self.finish_ending(reason, false, actions);
-            return;
-        }
-        self.send(
-            ToDestination::Cancel {
-                reason: reason.clone(),
-            },
-            actions,
-        );
-        actions.push(SourceAction::StartTimer(Timer::Cancel));
-        self.state = State::Ending {
-            last,
-            reason,
-            step: Step::Doing,
-        };
-    }
-
-    pub(super) fn finish_ending(
-        &mut self,
-        reason: WireError,
-        peer_told: bool,
-        actions: &mut Actions,
-    ) {
-        self.finish(SourceEnd::NotCommitted { reason, peer_told }, actions);
-    }
-
-    pub(super) fn on_cancelled(&mut self, actions: &mut Actions) -> Result<(), Unexpected> {
-        match self.state.clone() {
-            State::Ending {
-                reason,
-                step: Step::Doing,
-                ..
-            } => {
-                self.send(ToDestination::Goodbye, actions);
-                self.finish_ending(reason, true, actions);
-                Ok(())
-            }
-            State::Done { .. } => Ok(()),
-            _ => self.unexpected("Cancelled"),
-        }
-    }
-
-    pub(super) fn on_cancel_overdue(&mut self, actions: &mut Actions) {
-        if let State::Ending {
-            reason,
-            step: Step::Doing,
-            ..
-        } = self.state.clone()
-        {
-            self.finish_ending(reason, false, actions);
         }
     }
 }

@@ -171,29 +171,39 @@ impl SourceHandover {
         outcome: &Outcome,
         actions: &mut Actions,
     ) -> Result<(), Unexpected> {
-        match self.state.clone() {
-            State::InDoubt(Doubt { key, end, .. }) if key == outcome.key => {
-                self.settle(key, end, &outcome.verdict, actions);
-                Ok(())
-            }
-            // The word of the register itself overrules the operator's as long as the guest stands still.
-            State::Fencing {
-                key,
-                step: Step::Recording,
-            } if key == outcome.key => {
-                self.settle(key, None, &outcome.verdict, actions);
-                Ok(())
-            }
-            State::Opening { attempt, .. }
-            | State::RecordingPausing { attempt }
-            | State::Pausing { attempt }
-            | State::Streaming { attempt }
-            | State::AwaitingPrepared { attempt }
-            | State::Checking {
-                key: AttemptKey { attempt, .. },
-            } if attempt == outcome.key.attempt => self.on_outcome_before_commit(outcome, actions),
-            _ => self.late(outcome.key.attempt, "Outcome"),
+        if let State::InDoubt(Doubt { key, end, .. }) = &self.state
+            && *key == outcome.key
+        {
+            let end = end.clone();
+            self.settle(outcome.key, end, &outcome.verdict, actions);
+            return Ok(());
         }
+        // The word of the register itself overrules the operator's as long as the guest stands still.
+        if let State::Fencing {
+            key,
+            step: Step::Recording,
+        } = &self.state
+            && *key == outcome.key
+        {
+            self.settle(outcome.key, None, &outcome.verdict, actions);
+            return Ok(());
+        }
+        if self.is_before_commit() && self.state.attempt() == outcome.key.attempt {
+            return self.on_outcome_before_commit(outcome, actions);
+        }
+        self.late(outcome.key.attempt, "Outcome")
+    }
+
+    const fn is_before_commit(&self) -> bool {
+        matches!(
+            self.state,
+            State::Opening { .. }
+                | State::RecordingPausing { .. }
+                | State::Pausing { .. }
+                | State::Streaming { .. }
+                | State::AwaitingPrepared { .. }
+                | State::Checking { .. }
+        )
     }
 
     fn on_outcome_before_commit(
@@ -325,11 +335,7 @@ impl SourceHandover {
     }
 
     pub(super) fn on_guest_ended(&mut self, actions: &mut Actions) -> Result<(), Unexpected> {
-        if let State::Fencing {
-            step: Step::Doing, ..
-        } = self.state
-            && self.facts.shared_disks
-        {
+        if self.is_fencing_done() && self.facts.shared_disks {
             self.finish(SourceEnd::EndedByOperator, actions);
             return Ok(());
         }
@@ -343,6 +349,7 @@ impl SourceHandover {
     ) -> Result<(), Unexpected> {
         if let State::Fencing { step, .. } = &mut self.state
             && *step == Step::Doing
+            && self.facts.shared_disks
         {
             *step = Step::Failed;
             actions.push(SourceAction::Report(SourceReport::ReleaseFailed { reason }));

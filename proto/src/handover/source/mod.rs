@@ -15,6 +15,7 @@ mod attempt;
 mod doubt;
 mod machine;
 mod state;
+mod unwind;
 
 use std::time::Duration;
 
