@@ -29,7 +29,7 @@ pub(crate) fn start(port: File, workers: Vec<Worker>, report: Arc<Report>) {
                 Ok(0) => thread::sleep(NOBODY_THERE),
                 Ok(_) => {
                     let (id, command) = line.trim().split_once(' ').unwrap_or((line.trim(), ""));
-                    let answer = obey(command, &workers);
+                    let answer = obey(command, &workers, &report);
                     report.tell(&format!("{id} {answer}"));
                 }
                 Err(error) => {
@@ -41,15 +41,15 @@ pub(crate) fn start(port: File, workers: Vec<Worker>, report: Arc<Report>) {
     });
 }
 
-fn obey(command: &str, workers: &[Worker]) -> String {
+fn obey(command: &str, workers: &[Worker], report: &Report) -> String {
     let (verb, argument) = command.split_once(' ').unwrap_or((command, ""));
     match verb {
         "ping" => "ok".into(),
         "verify" => verify(workers),
         "dirty" => set_rate(argument, workers, false),
         "disk" => set_rate(argument, workers, true),
-        "reboot" => end(RebootCommand::Restart),
-        "shutdown" => end(RebootCommand::PowerOff),
+        "reboot" => end(RebootCommand::Restart, report),
+        "shutdown" => end(RebootCommand::PowerOff, report),
         _ => format!("error unknown command {verb:?}"),
     }
 }
@@ -82,8 +82,8 @@ fn set_rate(argument: &str, workers: &[Worker], disks: bool) -> String {
     "ok".into()
 }
 
-fn end(how: RebootCommand) -> String {
-    match setup::end(how) {
+fn end(how: RebootCommand, report: &Report) -> String {
+    match setup::end(how, report) {
         Ok(()) => "ok".into(),
         Err(failure) => format!("error {failure}"),
     }

@@ -78,7 +78,7 @@ fn run() -> Result<std::convert::Infallible, Failure> {
     loop {
         thread::sleep(Duration::from_secs(1));
         report.statistics(beats.sent());
-        end_in_time(&params, begin.elapsed())?;
+        end_in_time(&params, begin.elapsed(), &report)?;
     }
 }
 
@@ -123,12 +123,12 @@ fn spawn(
     });
 }
 
-fn end_in_time(params: &Params, up: Duration) -> Result<(), Failure> {
+fn end_in_time(params: &Params, up: Duration, report: &Report) -> Result<(), Failure> {
     if params.shutdown_after.is_some_and(|after| up >= after) {
-        setup::end(RebootCommand::PowerOff)?;
+        setup::end(RebootCommand::PowerOff, report)?;
     }
     if params.reboot_after.is_some_and(|after| up >= after) {
-        setup::end(RebootCommand::Restart)?;
+        setup::end(RebootCommand::Restart, report)?;
     }
     Ok(())
 }

@@ -5,7 +5,7 @@
 use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use vmferry_judge::params::ParamError;
@@ -44,6 +44,7 @@ struct Counters {
 pub(crate) struct Report {
     control: Mutex<File>,
     corrupt: AtomicU64,
+    ending: AtomicBool,
     workers: Mutex<Vec<Counters>>,
 }
 
@@ -55,6 +56,7 @@ impl Report {
         Ok(Self {
             control: Mutex::new(control),
             corrupt: AtomicU64::new(0),
+            ending: AtomicBool::new(false),
             workers: Mutex::new(Vec::new()),
         })
     }
@@ -65,8 +67,16 @@ impl Report {
         self.tell(&format!("ready {boot:016x}"));
     }
 
+    /// From now on the kernel takes the devices away: what fails is no news.
+    pub(crate) fn set_ending(&self, ending: bool) {
+        self.ending.store(ending, Ordering::Relaxed);
+    }
+
     /// Something is not as it must be.
     pub(crate) fn corrupt(&self, text: &str) {
+        if self.ending.load(Ordering::Relaxed) {
+            return;
+        }
         if self.corrupt.fetch_add(1, Ordering::Relaxed) < DETAILED {
             println!("judge: CORRUPT: {text}");
             self.tell(&format!("CORRUPT {text}"));
@@ -108,7 +118,9 @@ impl Report {
     /// A line to the control port.
     pub(crate) fn tell(&self, line: &str) {
         let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = control.write_all(format!("{line}\n").as_bytes()) {
+        if let Err(error) = control.write_all(format!("{line}\n").as_bytes())
+            && !self.ending.load(Ordering::Relaxed)
+        {
             println!("judge: FAILED: control port: {error}");
         }
     }

@@ -12,7 +12,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use vmferry_judge::{MODULE_FOLDER, MODULE_ORDER};
 
-use crate::report::Failure;
+use crate::report::{Failure, Report};
 
 /// How long devices may take to appear after their driver was loaded; emulated processors are slow.
 const DEVICE_WAIT: Duration = Duration::from_secs(30);
@@ -101,9 +101,13 @@ pub(crate) fn be_nice(value: i32) {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), value);
 }
 
-pub(crate) fn end(how: RebootCommand) -> Result<(), Failure> {
+/// Ends the guest; returns only if that failed.
+pub(crate) fn end(how: RebootCommand, report: &Report) -> Result<(), Failure> {
     rustix::fs::sync();
-    reboot(how).map_err(|e| Failure::of("reboot", e))
+    report.set_ending(true);
+    let ended = reboot(how);
+    report.set_ending(false);
+    ended.map_err(|e| Failure::of("reboot", e))
 }
 
 fn read(path: impl AsRef<Path>) -> Result<String, Failure> {

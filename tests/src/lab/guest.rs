@@ -174,7 +174,7 @@ impl GuestBuilder {
         }
         let folder = TempDir::with_prefix("vmferry-lab-")?;
         let shm = match self.memory {
-            MemoryKind::SharedFile => Some(TempDir::with_prefix_in("vmferry-lab-", "/dev/shm")?),
+            MemoryKind::SharedFile => Some(shared_folder(self.memory_mib)?),
             MemoryKind::Anonymous | MemoryKind::SharedMemfd => None,
         };
         let beats = BeatRecorder::listen(&folder.path().join("beat"))?;
@@ -189,6 +189,19 @@ impl GuestBuilder {
             }),
         })
     }
+}
+
+/// A folder in `/dev/shm` with room for the guest at two places: what is missing there would end QEMU by a signal.
+fn shared_folder(memory_mib: u64) -> Result<TempDir> {
+    const SHM: &str = "/dev/shm";
+    let room = rustix::fs::statvfs(SHM).context(SHM)?;
+    let free_mib = (room.f_bavail * room.f_frsize) >> 20;
+    let needed = memory_mib * 2;
+    ensure!(
+        free_mib >= needed,
+        "{SHM} has {free_mib} MiB free and the guest needs {needed}: mount -o remount,size=4G {SHM}"
+    );
+    Ok(TempDir::with_prefix_in("vmferry-lab-", SHM)?)
 }
 
 /// Node name in QEMU, and kernel name in the guest, of disk number `index`.
