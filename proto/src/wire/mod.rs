@@ -7,6 +7,8 @@
 //! allocated for it; and what this side is about to send passes the same door first.
 
 mod read;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::marker::PhantomData;
