@@ -7,6 +7,7 @@ use std::io::{self, IsTerminal};
 
 use clap::{ArgAction, Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 /// Switches that every program has.
 #[derive(Debug, Clone, Default, Args)]
@@ -79,11 +80,19 @@ impl LogArgs {
 
     /// Sets logging up for the whole process.
     pub fn init(&self) -> Result<(), TelemetryError> {
+        self.init_to(io::stderr)
+    }
+
+    /// The same, by way of a writer that ends at stderr: one that moves a progress bar aside for each line.
+    pub fn init_to<W>(&self, writer: W) -> Result<(), TelemetryError>
+    where
+        W: for<'writer> MakeWriter<'writer> + Send + Sync + 'static,
+    {
         let rust_log = std::env::var("RUST_LOG").ok();
         let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         let builder = tracing_subscriber::fmt()
             .with_env_filter(self.filter(rust_log.as_deref())?)
-            .with_writer(io::stderr)
+            .with_writer(writer)
             .with_ansi(colour);
         let result = match self.log_format {
             LogFormat::Text => builder.with_target(false).try_init(),
