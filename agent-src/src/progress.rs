@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -16,6 +17,13 @@ use vmferry_common::units::{Rate, Size, Span};
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 /// Bars are drawn at most this often a second.
 const DRAWS_PER_SECOND: u8 = 8;
+
+/// The bar on the terminal, if there is one: there is one terminal per process.
+static ON_TERMINAL: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+fn on_terminal() -> MutexGuard<'static, Option<ProgressBar>> {
+    ON_TERMINAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How far a migration is, at one moment.
 #[derive(Debug, Clone, PartialEq)]
@@ -156,6 +164,7 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{prefix} [{bar:24}] {wide_msg}") {
             bar.set_style(style.progress_chars("=> "));
         }
+        *on_terminal() = Some(bar.clone());
         Self {
             guest: guest.to_owned(),
             shown: Shown::Bar(bar),
@@ -183,6 +192,7 @@ impl Progress {
     /// Takes the bar away, so that the summary begins on a fresh line. Idempotent.
     pub fn finish(&mut self) {
         if let Shown::Bar(bar) = &self.shown {
+            on_terminal().take();
             bar.finish_and_clear();
         }
         self.shown = Shown::Silent;
@@ -192,6 +202,27 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.finish();
+    }
+}
+
+/// Where log lines go while there may be a bar: stderr, with the bar moved aside for each write. Give it to
+/// [`LogArgs::init_to`] as `LogWriter::default`.
+#[derive(Debug, Default)]
+pub struct LogWriter;
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bar = on_terminal().clone();
+        let write = || io::stderr().lock().write_all(bytes);
+        match bar {
+            Some(bar) => bar.suspend(write)?,
+            None => write()?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
     }
 }
 
@@ -298,7 +329,7 @@ mod tests {
     use vmferry_common::telemetry::LogArgs;
     use vmferry_common::units::Rate;
 
-    use super::{Progress, Shown, Snapshot};
+    use super::{LogWriter, Progress, Shown, Snapshot};
 
     #[derive(Clone, Default)]
     struct Shared(Arc<Mutex<Vec<u8>>>);
@@ -426,6 +457,9 @@ mod tests {
             panic!("no bar");
         };
         assert_eq!(bar.position(), u64::MAX);
+        let mut log = LogWriter;
+        assert_eq!(log.write(b"a log line beside a bar\n").unwrap(), 24);
         progress.finish();
+        assert!(super::on_terminal().is_none());
     }
 }
