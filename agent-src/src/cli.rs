@@ -115,7 +115,7 @@ pub struct MigrateArgs {
     /// Guest file, or the name of a guest that has one in /etc/vmferry/guests.
     ///
     /// Anything with a slash or ending in .toml is a file, everything else a name: `web-1` means
-    /// /etc/vmferry/guests/web-1.toml. The file says: name, driver = "qemu", qmp = "PATH", and optionally [[disk]]
+    /// /etc/vmferry/guests/web-1.toml. The file says: name, driver = "qemu", qmp = "PATH", and optionally `[[disk]]`
     /// with node and mode = "copy" or "shared".
     #[arg(value_name = "GUEST", required_unless_present = "qmp", conflicts_with_all = ["qmp", "name"])]
     pub guest: Option<String>,
@@ -125,7 +125,7 @@ pub struct MigrateArgs {
     /// Name of the guest, the same as at the destination; only with --qmp.
     #[arg(long, requires = "qmp")]
     pub name: Option<GuestName>,
-    /// Agent at the destination, such as beta:7447, 192.0.2.7:7447 or [2001:db8::7]:7447.
+    /// Agent at the destination, such as beta:7447, 192.0.2.7:7447 or `[2001:db8::7]:7447`.
     ///
     /// The host part must be one of the names or addresses in that agent's certificate.
     #[arg(long, value_name = "HOST:PORT")]

@@ -2,7 +2,7 @@
 //!
 //! [`decide`] is asked after each round with everything measured so far and answers what to do next. It owns the
 //! formulas and their constants. It reads no clock, keeps nothing between calls and knows nothing of guests or
-//! links: the engine measures, and carries the answer out. The parts of a downtime are in [`downtime`].
+//! links: the engine measures, and carries the answer out. The parts of a downtime are in `downtime`.
 //!
 //! Invariant: the guest is never paused for longer than the user allowed on the strength of an assumption about
 //! what is left (only `--on-stall force` overrides it), and no sequence of measurements makes a migration go on
@@ -130,7 +130,7 @@ pub struct Situation<'a> {
     /// trigger came or an attempt was rolled back. Zero if there was none. What makes the engine raise it must
     /// itself be bounded, or the bound of [`decide`] rests on the timeout alone.
     pub evidence_after: u32,
-    /// What is left to send now.
+    /// What is left to send, as of the last scan.
     pub left: Left,
     /// The last thing that was sent, for how fast the link is now.
     pub last_flight: Option<Flight>,
@@ -183,8 +183,8 @@ pub enum Decision {
 ///
 /// 1. **Time.** `elapsed >= timeout` gives up, whatever `--on-stall` says: forcing is for guests that do not
 ///    converge, not for a slow first round. (The engine also ends a round that runs over the timeout.)
-/// 2. **Fit.** The predicted downtime ([`PredictedDowntime`]) is `left / goodput + fixed costs`. If it is within
-///    `max_downtime`, the guest is moved, or, in `manual` mode, kept as it is until the trigger.
+/// 2. **Fit.** The predicted downtime ([`PredictedDowntime`]) is `left / goodput + fixed costs`, `left` being what the
+///    last scan found and what is added until the pause. If it is within `max_downtime`, the guest is moved, or, in `manual` mode, kept as it is until the trigger.
 /// 3. **Fixed costs.** If they alone exceed `max_downtime`, no number of rounds helps: `abort` gives up at once.
 /// 4. **Stall.** Round *k* makes no progress if `left_k > 0.9 * min(left_{k-1}, left_{k-2})` while the guest
 ///    dirties at least half of what the link carries. Copying `left_{k-1}` takes `left_{k-1} / goodput`, in which
@@ -230,7 +230,26 @@ pub fn decide(now: &Situation<'_>) -> Decision {
 #[must_use]
 pub fn predict(now: &Situation<'_>) -> Option<PredictedDowntime> {
     let rate = goodput(now.rounds, now.last_flight)?;
-    Some(PredictedDowntime::new(now.left, rate, now.fixed))
+    let left = now.left.total().saturating_add(growth(now));
+    Some(PredictedDowntime::new(left, rate, now.fixed))
+}
+
+/// Bytes that the guest adds to what is left until it is paused: at most the dirty rate times that time. A hot working set adds
+/// nothing, for its blocks are in what is left already; it shows in an earlier round that was longer by at least the
+/// delay and yet dirtied no more.
+fn growth(now: &Situation<'_>) -> u64 {
+    let Some(last) = now.rounds.last() else {
+        return 0;
+    };
+    let until_pause = last.elapsed.saturating_add(now.fixed.before_pause());
+    let seen = now
+        .rounds
+        .iter()
+        .filter(|round| round.elapsed >= until_pause)
+        .map(|round| round.dirtied_bytes.saturating_sub(last.dirtied_bytes))
+        .min()
+        .unwrap_or(u64::MAX);
+    bytes_in(last.dirty_rate(), now.fixed.before_pause()).min(seen)
 }
 
 fn fits(now: &Situation<'_>, predicted: &PredictedDowntime) -> bool {
@@ -348,12 +367,12 @@ fn keeps_waiting(now: &Situation<'_>) -> bool {
     now.limits.cutover == Cutover::Manual
         && !now.triggered
         && now.rounds.iter().any(|round| {
-            let left = Left {
-                memory: round.left_bytes,
-                disk: 0,
-            };
-            goodput(now.rounds, now.last_flight)
-                .is_some_and(|rate| fits(now, &PredictedDowntime::new(left, rate, now.fixed)))
+            goodput(now.rounds, now.last_flight).is_some_and(|rate| {
+                fits(
+                    now,
+                    &PredictedDowntime::new(round.left_bytes, rate, now.fixed),
+                )
+            })
         })
 }
 

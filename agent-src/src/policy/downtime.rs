@@ -54,40 +54,45 @@ pub struct Flight {
 /// Guest content per second, before compression, that the whole path carries: read, compress, send, apply.
 ///
 /// Counted are bytes that were not zero, since zero blocks cost nearly nothing and what a guest dirties is seldom
-/// zero. The window is the last rounds that together moved 32 MiB, or all. It is in bytes *before*
-/// compression over the time it took, so "what is left after compression / wire rate" and "what is left / goodput" are
-/// the same number: `left * (wire / raw) / (wire / t) = left / (raw / t)`. A last flight of at least 4 MiB that was
-/// slower than the window lowers it: the link may have got a neighbour since. `None` before the first round.
+/// zero. It is in bytes *before* compression over the time it took, so "what is left after compression / wire rate" and
+/// "what is left / goodput" are the same number: `left * (wire / raw) / (wire / t) = left / (raw / t)`.
+///
+/// Each of the last rounds, and those behind it taken together, gives a lower bound of what is carried: a short round
+/// spends most of its time on scans and round trips, a first round of a sparse guest on finding zeros. The best of these
+/// bounds is taken, back to the round with which they hold 32 MiB. A last flight of at least 4 MiB, which has neither
+/// scan nor zeros in its time, lowers it if it was slower: the link may have got a neighbour since. `None` before
+/// the first round.
 #[must_use]
 pub fn goodput(rounds: &[RoundStats], last_flight: Option<Flight>) -> Option<Rate> {
     rounds.last()?;
-    let windowed = windowed(rounds);
+    let recent = recent(rounds);
     Some(match last_flight {
         Some(flight) if flight.bytes >= FLIGHT_BYTES => {
-            windowed.min(Rate::of(flight.bytes, flight.elapsed))
+            recent.min(Rate::of(flight.bytes, flight.elapsed))
         }
-        Some(_) | None => windowed,
+        Some(_) | None => recent,
     })
 }
 
-fn windowed(rounds: &[RoundStats]) -> Rate {
+fn recent(rounds: &[RoundStats]) -> Rate {
     let (mut data, mut raw, mut time) = (0_u64, 0_u64, Duration::ZERO);
+    let mut best = Rate(0);
     for round in rounds.iter().rev() {
         data = data.saturating_add(round.raw_bytes_sent.saturating_sub(round.zero_bytes));
         raw = raw.saturating_add(round.raw_bytes_sent);
         time = time.saturating_add(round.sending());
+        best = best.max(Rate::of(data, time));
         if data >= SAMPLE_BYTES {
             break;
         }
     }
-    let measured = Rate::of(data, time);
     if data >= MIN_DATA {
-        return measured;
+        return best;
     }
-    // Next to nothing but zeros: the measured rate is a lower bound, and the rate of zeros an upper one.
+    // Next to nothing but zeros: the rate of data is a lower bound, and that of zeros an upper one.
     match raw {
         0 => PRIOR_GOODPUT,
-        _ => measured.max(Rate::of(raw, time).min(PRIOR_GOODPUT)),
+        _ => best.max(Rate::of(raw, time).min(PRIOR_GOODPUT)),
     }
 }
 
@@ -142,6 +147,13 @@ impl FixedCosts {
         rtt.saturating_mul(5) / 2
     }
 
+    /// From the last scan to the pause, no part of the downtime: the attempt is made durable on both sides, which takes
+    /// one round trip and as many records as the decision does later. The guest goes on dirtying meanwhile.
+    #[must_use]
+    pub fn before_pause(&self) -> Duration {
+        (self.round_trips.saturating_mul(2) / 5).saturating_add(self.journal)
+    }
+
     /// Prior of digesting `bytes` on both sides at once: 1 GiB/s, which is BLAKE3 of one core at half its speed on
     /// 4 KiB pieces, with the reads of the guest's memory.
     #[must_use]
@@ -186,11 +198,11 @@ pub struct PredictedDowntime {
 }
 
 impl PredictedDowntime {
-    /// The prediction for `left` at `goodput`.
+    /// The prediction for `left` bytes at `goodput`.
     #[must_use]
-    pub fn new(left: Left, goodput: Rate, fixed: FixedCosts) -> Self {
+    pub fn new(left: u64, goodput: Rate, fixed: FixedCosts) -> Self {
         Self {
-            transfer: goodput.time_for(left.total()),
+            transfer: goodput.time_for(left),
             fixed,
             goodput,
         }

@@ -8,7 +8,7 @@ use vmferry_proto::error::ErrorCode;
 
 use super::{
     Cutover, Decision, FixedCosts, Flight, GiveUp, Left, Limits, OnStall, PredictedDowntime,
-    RoundStats, Situation, decide, goodput,
+    RoundStats, Situation, bytes_in, decide, goodput, predict,
 };
 
 const MIB: u64 = 1 << 20;
@@ -390,6 +390,40 @@ fn a_tiny_last_round_says_nothing_of_the_link() {
 }
 
 #[test]
+fn a_sparse_guest_is_not_judged_by_the_time_its_zeros_took() {
+    // 64 GiB of zeros took 13 s beside 100 MiB of data; then 10 MiB a round at 1 GiB/s, again and again.
+    let mut all = rounds(100, &[10, 10]);
+    all[0].raw_bytes_sent = 64 << 30;
+    all[0].zero_bytes = (64 << 30) - 100 * MIB;
+    all[0].elapsed = Duration::from_secs(13);
+    all[1].elapsed = ms(10);
+    assert_eq!(word(&decide(&situation(&all[..1]))), "continue");
+    assert_eq!(goodput(&all, None), Some(Rate(1000 * MIB)));
+    assert_eq!(word(&decide(&situation(&all))), "cut");
+}
+
+#[test]
+fn what_is_dirtied_until_the_pause_counts_unless_it_is_hot() {
+    // Ten seconds of the guest: 200 MiB, so 20 MiB per second.
+    let grows = rounds(1000, &[200, 40, 8]);
+    let mut now = situation(&grows);
+    now.fixed.round_trips = FixedCosts::round_trips_at(ms(70));
+    now.fixed.journal = ms(10);
+    let transfer = |now: &Situation<'_>| predict(now).unwrap().transfer;
+    assert_eq!(
+        transfer(&now),
+        LINK.time_for(8 * MIB + 20 * MIB * 80 / 1000)
+    );
+    // A working set of 20 MiB that is written all the time was 20 MiB after ten seconds, too.
+    let hot = rounds(1000, &[20, 20]);
+    now.rounds = &hot;
+    now.left.memory = 20 * MIB;
+    assert_eq!(transfer(&now), ms(200));
+    now.rounds = &[];
+    assert_eq!(predict(&now), None);
+}
+
+#[test]
 fn a_last_flight_can_only_lower_the_goodput_and_only_if_it_is_long_enough() {
     let two = rounds(1000, &[500, 100]);
     for (mib, expected) in [(1, 100), (3, 100), (4, 4), (50, 50), (400, 100)] {
@@ -420,14 +454,11 @@ fn a_guest_of_zeros_gets_a_careful_goodput_and_still_converges() {
 fn memory_and_disk_are_one_sum_and_round_trips_are_two_and_a_half() {
     let mut fixed = NO_COSTS;
     fixed.round_trips = FixedCosts::round_trips_at(ms(80));
-    let predicted = PredictedDowntime::new(
-        Left {
-            memory: 10 * MIB,
-            disk: 5 * MIB,
-        },
-        LINK,
-        fixed,
-    );
+    let left = Left {
+        memory: 10 * MIB,
+        disk: 5 * MIB,
+    };
+    let predicted = PredictedDowntime::new(left.total(), LINK, fixed);
     assert_eq!(predicted.total(), ms(350));
     assert_eq!(
         predicted.to_string(),
@@ -500,7 +531,8 @@ struct Model {
 impl Model {
     /// Distinct bytes dirtied between two moments.
     fn dirtied(&self, from: f64, to: f64) -> u64 {
-        let amount = |rate: u64, seconds: f64| (rate as f64 * seconds) as u64;
+        let amount =
+            |rate: u64, seconds: f64| bytes_in(Rate(rate), Duration::from_secs_f64(seconds));
         let burst = (to.min(self.burst.1) - from.max(self.burst.0)).max(0.0);
         amount(self.hot_rate, to - from)
             .min(self.hot)
