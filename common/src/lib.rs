@@ -4,15 +4,21 @@
 //! the journal and state folder, hooks, the local control socket, logging, units and pacing. It does not
 //! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
+pub mod codec;
+pub mod compress;
 pub mod control;
 pub mod digest;
 pub mod endpoint;
+pub mod hooks;
 pub mod identity;
+pub mod journal;
 pub mod lanes;
 pub mod link;
+pub mod local;
 pub mod pace;
 pub mod phase;
 pub mod process;
 mod socket;
+pub mod state;
 pub mod telemetry;
 pub mod units;

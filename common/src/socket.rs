@@ -53,12 +53,14 @@ pub(crate) fn bind(
 }
 
 fn enlarge(socket: &Socket, wanted: usize) -> io::Result<Option<BufferShortage>> {
+    // The system counts in C integers and answers larger ones with an error.
+    let asked = wanted.min(1 << 30);
     // FORCE passes the system's cap but needs CAP_NET_ADMIN; without it the plain option gives what the cap allows.
-    if sockopt::set_socket_recv_buffer_size_force(socket, wanted).is_err() {
-        sockopt::set_socket_recv_buffer_size(socket, wanted)?;
+    if sockopt::set_socket_recv_buffer_size_force(socket, asked).is_err() {
+        sockopt::set_socket_recv_buffer_size(socket, asked)?;
     }
-    if sockopt::set_socket_send_buffer_size_force(socket, wanted).is_err() {
-        sockopt::set_socket_send_buffer_size(socket, wanted)?;
+    if sockopt::set_socket_send_buffer_size_force(socket, asked).is_err() {
+        sockopt::set_socket_send_buffer_size(socket, asked)?;
     }
     // Linux answers with twice the size, its own bookkeeping included.
     let receive = sockopt::socket_recv_buffer_size(socket)? / 2;
@@ -103,7 +105,7 @@ mod tests {
 
     #[test]
     fn an_impossible_buffer_is_told_and_not_an_error() {
-        let (_socket, shortage) = bind("127.0.0.1:0".parse().unwrap(), 1 << 31).unwrap();
+        let (_socket, shortage) = bind("127.0.0.1:0".parse().unwrap(), usize::MAX).unwrap();
         assert!(shortage.is_some());
         let (_socket, shortage) = bind("127.0.0.1:0".parse().unwrap(), 4096).unwrap();
         assert_eq!(shortage, None);

@@ -1,0 +1,548 @@
+//! The window codec: blocks of a window become a frame's payload, and back.
+//!
+//! Owns the zero test, compression and the digest of the raw bytes; the frame's layout is
+//! `vmferry_proto::frame`'s and where bytes come from or go to is the caller's. Invariants: guest memory was
+//! copied before it came here and is copied at most once more, and a peer cannot make the decoder produce
+//! more bytes than the checked header announced.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::frame::{Encoding, FrameHeader, LAYOUT_VERSION};
+use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowRef};
+use vmferry_proto::ids::FrameSeq;
+use vmferry_proto::limits::{MAX_FRAME_BLOCKS, MAX_FRAME_PAYLOAD};
+use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::CParameter;
+
+use crate::digest;
+
+/// What all blocks are compared with.
+static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+
+/// Blocks could not be encoded or decoded.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// The caller's buffer does not hold the blocks it names: a bug here.
+    #[error("{got} bytes were given for {count} blocks of {expected} bytes")]
+    Blocks {
+        /// How many blocks there are, zero ones included.
+        count: u32,
+        /// What the blocks take.
+        expected: usize,
+        /// What was given.
+        got: usize,
+    },
+    /// zstd cannot be used with this level.
+    #[error("zstd cannot be set up for level {level}")]
+    Setup {
+        /// The level.
+        level: i32,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The payload is not what the header says: not zstd, another length, or a bomb.
+    #[error("the payload does not decode to {expected} bytes")]
+    Payload {
+        /// What the header announced.
+        expected: u32,
+        /// What zstd said, where it did.
+        #[source]
+        source: Option<std::io::Error>,
+    },
+    /// The decoded bytes are not those that were sent.
+    #[error("the digest of the decoded bytes differs")]
+    Digest,
+}
+
+impl CodecError {
+    /// What the peer is to be told; `None` where it is not to blame.
+    #[must_use]
+    pub fn to_wire(&self) -> Option<WireError> {
+        match self {
+            Self::Payload { .. } | Self::Digest => Some(WireError::new(
+                ErrorCode::BadFrame,
+                format!("bad frame: {self}"),
+            )),
+            Self::Blocks { .. } | Self::Setup { .. } => None,
+        }
+    }
+}
+
+/// Encoded blocks: everything a frame carries but its place on a lane.
+#[derive(Debug, Clone)]
+pub struct Encoded {
+    /// The window.
+    pub window: WindowRef,
+    /// Blocks accounted for, zero ones included.
+    pub present: WindowBits,
+    /// Those that are zero.
+    pub zero: WindowBits,
+    /// Encoding of the payload.
+    pub encoding: Encoding,
+    /// Bytes of the blocks that are not zero.
+    pub raw_len: u32,
+    /// XXH3-128 of those bytes.
+    pub digest: u128,
+    /// The payload.
+    pub payload: Bytes,
+    /// Time that compression took; `None` where none was tried.
+    pub compress_time: Option<Duration>,
+}
+
+impl Encoded {
+    /// The header of this frame as number `seq` of its lane.
+    #[must_use]
+    pub fn header(&self, seq: FrameSeq) -> FrameHeader {
+        FrameHeader {
+            version: LAYOUT_VERSION,
+            seq,
+            region: self.window.region,
+            window: self.window.window,
+            present: self.present,
+            zero: self.zero,
+            encoding: self.encoding,
+            raw_len: self.raw_len,
+            // At most MAX_FRAME_PAYLOAD: the encoder takes no more blocks.
+            payload_len: u32::try_from(self.payload.len()).unwrap_or(u32::MAX),
+            digest: self.digest,
+        }
+    }
+}
+
+/// What is to be encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Blocks<'a> {
+    /// The window.
+    pub window: WindowRef,
+    /// Length of its region: the last block may be short.
+    pub region: RegionLen,
+    /// Blocks whose bytes are in `bytes`; at most `MAX_FRAME_BLOCKS` together with `known_zero`.
+    pub read: WindowBits,
+    /// Blocks known to be zero without reading them (holes); not in `read`.
+    pub known_zero: WindowBits,
+    /// The bytes of `read`, one block behind the other.
+    pub bytes: &'a [u8],
+}
+
+/// Encodes windows; one per worker, since it keeps zstd's context and its working memory.
+pub struct Encoder {
+    zstd: Option<(i32, Compressor<'static>)>,
+    /// The non-zero blocks of the frame at hand.
+    raw: Vec<u8>,
+    /// What zstd made of them.
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let level = self.zstd.as_ref().map(|(level, _)| *level);
+        f.debug_struct("Encoder")
+            .field("level", &level)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Encoder {
+    /// An encoder; zstd is set up with the first frame that wants it.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            zstd: None,
+            raw: Vec::new(),
+            packed: Vec::new(),
+        }
+    }
+
+    /// Encodes blocks, with zstd at `level` where one is given and it makes them smaller.
+    pub fn encode(
+        &mut self,
+        blocks: &Blocks<'_>,
+        level: Option<i32>,
+    ) -> Result<Encoded, CodecError> {
+        let zero = self.gather(blocks)?;
+        let digest = digest::plain(&self.raw);
+        // At most MAX_FRAME_PAYLOAD, as `gather` takes no more blocks.
+        let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
+        let started = Instant::now();
+        let level = level.filter(|_| !self.raw.is_empty());
+        let packed = match level {
+            Some(level) => self.compress(level)?,
+            None => None,
+        };
+        let compress_time = level.map(|_| started.elapsed());
+        let (encoding, payload) = match packed {
+            Some(packed) => (Encoding::Zstd, packed),
+            // The buffer itself goes: no second copy.
+            None => (Encoding::Raw, Bytes::from(std::mem::take(&mut self.raw))),
+        };
+        Ok(Encoded {
+            window: blocks.window,
+            present: blocks.read.or(&blocks.known_zero),
+            zero,
+            encoding,
+            raw_len,
+            digest,
+            payload,
+            compress_time,
+        })
+    }
+
+    /// Copies the non-zero blocks, one behind the other, into `raw`, and says which are zero.
+    fn gather(&mut self, blocks: &Blocks<'_>) -> Result<WindowBits, CodecError> {
+        let window = blocks.window.window;
+        let present = blocks.read.or(&blocks.known_zero);
+        let expected = blocks.region.bytes_of(window, &blocks.read) as usize;
+        let inside = present.minus(&blocks.region.all_of(window)).is_empty();
+        if blocks.bytes.len() != expected || present.count() > MAX_FRAME_BLOCKS || !inside {
+            return Err(CodecError::Blocks {
+                expected,
+                got: blocks.bytes.len(),
+                count: present.count(),
+            });
+        }
+        let mut zero = blocks.known_zero.minus(&blocks.read);
+        self.raw.clear();
+        let mut rest = blocks.bytes;
+        for block in blocks.read.iter() {
+            let len = blocks.region.block_len(window, block) as usize;
+            // Never too short: the sum of all lengths was compared above.
+            let (bytes, behind) = rest.split_at(len.min(rest.len()));
+            rest = behind;
+            if ZERO_BLOCK.get(..bytes.len()) == Some(bytes) {
+                zero.insert(block);
+            } else {
+                // With the first block that counts: frames of nothing but zeros need no buffer.
+                if self.raw.is_empty() {
+                    self.raw.reserve_exact(len + rest.len());
+                }
+                self.raw.extend_from_slice(bytes);
+            }
+        }
+        Ok(zero)
+    }
+
+    /// `None` where it would not get smaller.
+    fn compress(&mut self, level: i32) -> Result<Option<Bytes>, CodecError> {
+        let setup = |source| CodecError::Setup { level, source };
+        let compressor = match self.zstd.take() {
+            Some((same, compressor)) if same == level => compressor,
+            _ => new_compressor(level).map_err(setup)?,
+        };
+        let (_, compressor) = self.zstd.insert((level, compressor));
+        self.packed.clear();
+        // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
+        self.packed
+            .reserve(zstd::zstd_safe::compress_bound(self.raw.len()));
+        let len = compressor
+            .compress_to_buffer(&self.raw, &mut self.packed)
+            .map_err(setup)?;
+        let packed = self
+            .packed
+            .get(..len)
+            .filter(|packed| packed.len() < self.raw.len());
+        // A buffer of just its length: what waits in queues is counted by payload.
+        Ok(packed.map(Bytes::copy_from_slice))
+    }
+}
+
+fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
+    let mut compressor = Compressor::new(level)?;
+    // The frame carries a digest and the length already.
+    compressor.set_parameter(CParameter::ChecksumFlag(false))?;
+    compressor.set_parameter(CParameter::ContentSizeFlag(false))?;
+    Ok(compressor)
+}
+
+/// Decodes payloads; one per worker, since it keeps zstd's context.
+pub struct Decoder {
+    zstd: Option<Decompressor<'static>>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").finish_non_exhaustive()
+    }
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Decoder {
+    /// A decoder; zstd is set up with the first frame that needs it.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { zstd: None }
+    }
+
+    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked.
+    ///
+    /// The header has passed [`FrameHeader::check`], so `raw_len` fits the blocks and the cap; exactly that much
+    /// is allocated and produced, whatever the payload says.
+    pub fn decode(&mut self, header: &FrameHeader, payload: Bytes) -> Result<Bytes, CodecError> {
+        let expected = header.raw_len;
+        let wrong = |source| CodecError::Payload { expected, source };
+        if expected > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
+            return Err(wrong(None));
+        }
+        let raw = match header.encoding {
+            Encoding::Raw => payload,
+            Encoding::Zstd => {
+                let decompressor = match self.zstd.take() {
+                    Some(decompressor) => decompressor,
+                    None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
+                };
+                let decompressor = self.zstd.insert(decompressor);
+                let mut raw = Vec::with_capacity(expected as usize);
+                // A payload that holds more fails for want of room: there is no bomb.
+                let result = decompressor.decompress_to_buffer(&payload, &mut raw);
+                result.map_err(|error| wrong(Some(error)))?;
+                raw.into()
+            }
+        };
+        if raw.len() != expected as usize {
+            return Err(wrong(None));
+        }
+        if digest::plain(&raw) != header.digest {
+            return Err(CodecError::Digest);
+        }
+        Ok(raw)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use vmferry_proto::geometry::WindowIndex;
+    use vmferry_proto::ids::RegionId;
+
+    const WINDOW: WindowRef = WindowRef {
+        region: RegionId(0),
+        window: WindowIndex(1),
+    };
+
+    /// A window at the region's end with a short last block.
+    const REGION: RegionLen = RegionLen(2 * 2_097_152 - 1000);
+
+    /// Content of a block by kind: zero, compressible or random.
+    fn block(kind: u8, seed: u64, len: usize) -> Vec<u8> {
+        let mut state = seed | 1;
+        match kind {
+            0 => vec![0; len],
+            1 => (0..len).map(|at| (at / 64) as u8 ^ (seed as u8)).collect(),
+            _ => (0..len)
+                .map(|_| {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    (state >> 32) as u8
+                })
+                .collect(),
+        }
+    }
+
+    fn content(kinds: &[(u32, u8)]) -> (WindowBits, Vec<u8>) {
+        let mut read = WindowBits::EMPTY;
+        for (at, _) in kinds {
+            read.insert(*at);
+        }
+        let mut bytes = Vec::new();
+        for at in read.iter() {
+            let kind = kinds.iter().find(|(other, _)| *other == at).unwrap().1;
+            let len = REGION.block_len(WINDOW.window, at) as usize;
+            bytes.extend(block(kind, u64::from(at) * 7919 + 1, len));
+        }
+        (read, bytes)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_decodes_alike(
+            kinds in prop::collection::btree_map(0u32..512, 0u8..3, 1..=128),
+            holes in prop::collection::vec(0u32..512, 0..20),
+            level in prop::option::of(-3i32..4),
+        ) {
+            let kinds: Vec<_> = kinds.into_iter().collect();
+            let (read, bytes) = content(&kinds);
+            let mut known_zero = WindowBits::EMPTY;
+            for hole in holes {
+                if !read.contains(hole) && read.or(&known_zero).count() < MAX_FRAME_BLOCKS {
+                    known_zero.insert(hole);
+                }
+            }
+            let blocks = Blocks { window: WINDOW, region: REGION, read, known_zero, bytes: &bytes };
+            let encoded = Encoder::new().encode(&blocks, level).unwrap();
+            let header = encoded.header(FrameSeq(1));
+            header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
+            let decoded = Decoder::new().decode(&header, encoded.payload.clone()).unwrap();
+
+            // The naive oracle: lay the frame out over a window of rubbish and compare block by block.
+            let mut image = vec![0xee; 2_097_152];
+            let mut rest: &[u8] = &decoded;
+            for at in header.data_blocks().iter() {
+                let (this, behind) = rest.split_at(REGION.block_len(WINDOW.window, at) as usize);
+                rest = behind;
+                image[at as usize * 4096..][..this.len()].copy_from_slice(this);
+            }
+            prop_assert!(rest.is_empty());
+            for at in header.zero.iter() {
+                image[at as usize * 4096..][..4096].fill(0);
+            }
+            let mut rest: &[u8] = &bytes;
+            for at in read.iter() {
+                let (this, behind) = rest.split_at(REGION.block_len(WINDOW.window, at) as usize);
+                rest = behind;
+                prop_assert_eq!(&image[at as usize * 4096..][..this.len()], this);
+                prop_assert_eq!(header.zero.contains(at), this.iter().all(|byte| *byte == 0));
+            }
+            for at in known_zero.iter() {
+                prop_assert!(header.zero.contains(at) && header.present.contains(at));
+            }
+        }
+
+        #[test]
+        fn no_payload_makes_the_decoder_panic(
+            payload in prop::collection::vec(any::<u8>(), 0..5000),
+            raw_len in 0u32..600_000,
+            zstd in any::<bool>(),
+            real_magic in any::<bool>(),
+        ) {
+            let mut payload = payload;
+            if real_magic && payload.len() > 4 {
+                payload[..4].copy_from_slice(&[0x28, 0xb5, 0x2f, 0xfd]);
+            }
+            let header = FrameHeader {
+                encoding: if zstd { Encoding::Zstd } else { Encoding::Raw },
+                raw_len,
+                payload_len: u32::try_from(payload.len()).unwrap(),
+                ..sample().header(FrameSeq(1))
+            };
+            prop_assert!(Decoder::new().decode(&header, payload.into()).is_err());
+        }
+    }
+
+    fn sample() -> Encoded {
+        let (read, bytes) = content(&[(0, 1), (1, 0), (5, 1)]);
+        let blocks = Blocks {
+            window: WINDOW,
+            region: REGION,
+            read,
+            known_zero: WindowBits::EMPTY,
+            bytes: &bytes,
+        };
+        Encoder::new().encode(&blocks, Some(1)).unwrap()
+    }
+
+    #[test]
+    fn a_zstd_bomb_is_refused_with_the_announced_memory_only() {
+        let bomb = zstd::bulk::compress(&vec![7u8; 64 << 20], 19).unwrap();
+        let header = FrameHeader {
+            payload_len: u32::try_from(bomb.len()).unwrap(),
+            ..sample().header(FrameSeq(1))
+        };
+        let error = Decoder::new().decode(&header, bomb.into()).unwrap_err();
+        assert!(
+            matches!(error, CodecError::Payload { expected: 8192, .. }),
+            "{error:?}"
+        );
+        assert_eq!(error.to_wire().unwrap().code, ErrorCode::BadFrame);
+    }
+
+    #[test]
+    fn a_flipped_bit_never_yields_other_bytes() {
+        let encoded = sample();
+        let header = encoded.header(FrameSeq(1));
+        let mut decoder = Decoder::new();
+        let right = decoder.decode(&header, encoded.payload.clone()).unwrap();
+        let mut refused = 0;
+        for bit in 0..encoded.payload.len() * 8 {
+            let mut payload = encoded.payload.to_vec();
+            payload[bit / 8] ^= 1 << (bit % 8);
+            match decoder.decode(&header, payload.into()) {
+                // zstd has a few bits without a meaning.
+                Ok(same) => assert_eq!(same, right, "bit {bit}"),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > encoded.payload.len() * 7, "{refused}");
+        // And the context is sound afterwards.
+        assert_eq!(decoder.decode(&header, encoded.payload).unwrap(), right);
+    }
+
+    #[test]
+    fn a_payload_that_decodes_to_less_is_refused() {
+        let short = zstd::bulk::compress(&[1; 100], 1).unwrap();
+        let header = FrameHeader {
+            payload_len: u32::try_from(short.len()).unwrap(),
+            ..sample().header(FrameSeq(1))
+        };
+        assert!(matches!(
+            Decoder::new().decode(&header, short.into()),
+            Err(CodecError::Payload { source: None, .. })
+        ));
+    }
+
+    #[test]
+    fn random_content_goes_raw_though_asked_otherwise_and_zeros_take_no_payload() {
+        let (read, bytes) = content(&[(0, 2), (1, 2)]);
+        let mut blocks = Blocks {
+            window: WINDOW,
+            region: REGION,
+            read,
+            known_zero: WindowBits::EMPTY,
+            bytes: &bytes,
+        };
+        let mut encoder = Encoder::new();
+        let random = encoder.encode(&blocks, Some(3)).unwrap();
+        assert_eq!(random.encoding, Encoding::Raw);
+        assert!(random.compress_time.is_some());
+        let zeros = vec![0; bytes.len()];
+        blocks.bytes = &zeros;
+        let zero = encoder.encode(&blocks, Some(3)).unwrap();
+        assert_eq!(
+            (zero.encoding, zero.raw_len, zero.payload.len()),
+            (Encoding::Raw, 0, 0)
+        );
+        assert_eq!(zero.zero, read);
+        Decoder::new()
+            .decode(&zero.header(FrameSeq(1)), zero.payload.clone())
+            .unwrap();
+    }
+
+    #[test]
+    fn a_buffer_that_does_not_hold_its_blocks_is_refused() {
+        let (read, bytes) = content(&[(0, 1), (511, 1)]);
+        assert_eq!(bytes.len(), 4096 + 3096);
+        let blocks = |bytes| Blocks {
+            window: WINDOW,
+            region: REGION,
+            read,
+            known_zero: WindowBits::EMPTY,
+            bytes,
+        };
+        let mut encoder = Encoder::new();
+        encoder.encode(&blocks(&bytes), None).unwrap();
+        assert!(encoder.encode(&blocks(&bytes[1..]), None).is_err());
+        let all = Blocks {
+            read: WindowBits::EMPTY,
+            known_zero: WindowBits::FULL,
+            ..blocks(&[])
+        };
+        assert!(
+            encoder.encode(&all, None).is_err(),
+            "too many blocks for a frame"
+        );
+    }
+}
