@@ -37,7 +37,7 @@ EXIT STATUS
   0  committed: the guest belongs to the destination
   1  failed: the guest runs at the source
   2  wrong usage or configuration: nothing was touched
-  3  in doubt: the guest is paused at the source until the destination answers; see `vmferry-src recover`
+  3  in doubt: the guest is paused at the source until the destination answers
   4  cancelled: the guest runs at the source
 `cutover` and `recover` exit like the migration that they end. `owner` exits 0 only if this host may run the guest.
 `vmferry-src explain CODE` says more of every ending and error code.
@@ -52,8 +52,9 @@ const EXAMPLES: &str = "\
 EXAMPLES
   A guest that has a file in /etc/vmferry/guests, to host beta:
     vmferry-src migrate web-1 --to beta:7447
-  A QEMU without a guest file, at most a tenth of a second of downtime, using half of a 1 Gbit/s link:
-    vmferry-src migrate --qmp /run/qemu/web-1.qmp --name web-1 --to beta:7447 --max-downtime 100ms --max-bandwidth 500Mbit
+  A QEMU without a guest file, downtime at most 100 ms, over half of a 1 Gbit/s link:
+    vmferry-src migrate --qmp /run/qemu/web-1.qmp --name web-1 --to beta:7447 \\
+        --max-downtime 100ms --max-bandwidth 500Mbit
   Keep it ready, and move it when an orchestrator says so:
     vmferry-src migrate web-1 --to beta:7447 --cutover manual &
     vmferry-src cutover web-1
@@ -72,7 +73,7 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
     /// How much to say.
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Logging")]
     pub log: LogArgs,
 }
 
