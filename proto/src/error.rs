@@ -124,3 +124,32 @@ impl fmt::Display for ErrorCode {
         f.write_str(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `[WIRE-41]`: the table of PROTOCOL.md is the registry.
+    #[test]
+    fn every_code_stands_in_the_protocol_under_its_number_and_name() {
+        let text = include_str!("../PROTOCOL.md");
+        for code in ErrorCode::ALL {
+            let entry = format!("| {} | {} |", code.number(), code.name());
+            assert!(text.contains(&entry), "PROTOCOL.md lacks {entry:?}");
+            assert_eq!(ErrorCode::from_number(code.number()), Some(*code));
+        }
+    }
+
+    #[test]
+    fn a_detail_is_cut_at_a_character_and_cannot_steer_a_terminal() {
+        let max = crate::limits::MAX_DETAIL;
+        let detail = "a".repeat(max - 1) + "ä";
+        assert_eq!(
+            WireError::new(ErrorCode::Internal, detail).detail.len(),
+            max - 1
+        );
+        let error = WireError::new(ErrorCode::Internal, "a\u{1b}[2J\u{9b}b\n\tc");
+        assert_eq!(error.detail, "a [2J b\n\tc");
+        assert_eq!(error.to_string(), "a [2J b\n\tc (internal)");
+    }
+}

@@ -51,3 +51,39 @@ impl Features {
         self.0.contains(name)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(min: u32, max: u32) -> VersionRange {
+        VersionRange {
+            min: ProtocolVersion(min),
+            max: ProtocolVersion(max),
+        }
+    }
+
+    /// `[WIRE-45]`
+    #[test]
+    fn the_newest_common_version_is_agreed() {
+        for (a, b, agreed) in [
+            (range(1, 1), range(1, 1), Some(1)),
+            (range(1, 3), range(2, 5), Some(3)),
+            (range(2, 2), range(1, 9), Some(2)),
+            (range(1, 2), range(3, 4), None),
+            (range(1, 1), range(2, 2), None),
+        ] {
+            assert_eq!(a.agree(b), agreed.map(ProtocolVersion), "{a:?} {b:?}");
+            assert_eq!(b.agree(a), agreed.map(ProtocolVersion), "{b:?} {a:?}");
+        }
+    }
+
+    /// `[WIRE-46]`
+    #[test]
+    fn only_common_features_are_used() {
+        let theirs = Features(["later", "zstd"].map(str::to_owned).into());
+        let common = Features::supported().common(&theirs);
+        assert!(common.has("zstd") && !common.has("later"));
+        assert!(!Features::default().common(&theirs).has("zstd"));
+    }
+}

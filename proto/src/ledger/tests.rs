@@ -470,11 +470,11 @@ mod against_an_oracle {
         }
 
         fn resume(&self, forget: bool) -> Option<ResumePoint> {
-            let point = self.claim();
-            (!forget).then(|| ResumePoint {
+            let point = ResumePoint {
                 session: SessionNumber(self.session),
-                lanes: point,
-            })
+                lanes: self.claim(),
+            };
+            (!forget).then_some(point)
         }
 
         fn claim(&self) -> Vec<LaneProgress> {
