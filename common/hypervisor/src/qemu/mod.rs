@@ -4,3 +4,8 @@ pub mod nbd;
 pub mod qmp;
 #[cfg(test)]
 pub(crate) mod testing;
+mod hmp;
+mod stream;
+mod inventory;
+mod names;
+mod preflight;

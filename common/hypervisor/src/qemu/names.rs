@@ -1,0 +1,33 @@
+//! Names of everything that the driver creates inside a QEMU: a later agent knows them again by their beginning.
+
+use vmferry_proto::ids::RegionId;
+
+/// Beginning of them all.
+const PREFIX: &str = "vmferry-";
+
+/// Name under which the listening socket of the NBD server is handed over.
+pub(super) const NBD_SOCKET: &str = "vmferry-nbd";
+/// Name under which the incoming device state is handed over.
+pub(super) const INCOMING: &str = "vmferry-incoming";
+/// Mark of descriptor sets.
+pub(super) const STATE_SET: &str = "vmferry-state";
+
+/// Whether we, or an agent before us, made it.
+pub(super) fn is_ours(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
+/// Export of a disk's content.
+pub(super) fn export(region: RegionId) -> String {
+    format!("{PREFIX}disk{}", region.0)
+}
+
+/// Export of a disk with the bitmap of its `round`th rotation.
+pub(super) fn bitmap_export(region: RegionId, round: u64) -> String {
+    format!("{PREFIX}disk{}-round{round}", region.0)
+}
+
+/// Bitmap that records a disk's writes from its `round`th rotation on.
+pub(super) fn bitmap(region: RegionId, round: u64) -> String {
+    format!("{PREFIX}bitmap{}-{round}", region.0)
+}
