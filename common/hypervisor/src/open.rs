@@ -9,6 +9,7 @@ use vmferry_proto::spec::GuestSpec;
 use crate::config::{DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{SourceGuest, TargetGuest};
+use crate::qemu::{QemuSource, QemuTarget};
 
 /// What a destination driver needs of its agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,22 +19,22 @@ pub struct TargetOptions {
 }
 
 /// Attaches to the running guest that `config` names and describes it. Nothing is done to it yet.
-#[allow(clippy::unused_async, reason = "drivers talk to their hypervisor here")]
 pub async fn open_source(config: &SourceConfig) -> Result<Box<dyn SourceGuest>, GuestError> {
     match config.driver {
-        DriverKind::Qemu | DriverKind::Sim => Err(not_built_in(config.driver)),
+        DriverKind::Qemu => Ok(Box::new(QemuSource::attach(config).await?)),
+        DriverKind::Sim => Err(not_built_in(config.driver)),
     }
 }
 
 /// Launches, or attaches to, the waiting copy that `config` names and compares it with `spec`.
-#[allow(clippy::unused_async, reason = "drivers talk to their hypervisor here")]
 pub async fn open_target(
     config: &TargetConfig,
     spec: &GuestSpec,
     options: &TargetOptions,
 ) -> Result<Box<dyn TargetGuest>, GuestError> {
     match config.driver {
-        DriverKind::Qemu | DriverKind::Sim => {
+        DriverKind::Qemu => Ok(Box::new(QemuTarget::prepare(config, spec, options).await?)),
+        DriverKind::Sim => {
             tracing::debug!(guest = %spec.name, run_dir = %options.run_dir.display(), "no driver");
             Err(not_built_in(config.driver))
         }

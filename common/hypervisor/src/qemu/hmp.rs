@@ -7,22 +7,24 @@ use vmferry_proto::spec::DeviceSpec;
 
 /// A block of the guest's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RamBlock {
+pub(super) struct RamBlock {
     /// Its name, the same for the same command line.
-    pub name: String,
+    pub(super) name: String,
     /// Bytes in use.
-    pub used: u64,
+    pub(super) used: u64,
     /// Bytes it can grow to.
-    pub total: u64,
+    pub(super) total: u64,
     /// Address of its first byte in QEMU.
-    pub host: u64,
+    pub(super) host: u64,
+    /// Whether its pages are larger than 4 KiB.
+    pub(super) huge_pages: bool,
 }
 
 /// Parses `info ramblock`.
 ///
 /// # Errors
 /// The line that is not understood.
-pub fn ram_blocks(text: &str) -> Result<Vec<RamBlock>, String> {
+pub(super) fn ram_blocks(text: &str) -> Result<Vec<RamBlock>, String> {
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
     match lines.next() {
         Some(title) if title.contains("Block Name") && title.contains("HVA") => {}
@@ -42,7 +44,7 @@ fn ram_block(line: &str) -> Option<RamBlock> {
     let total = hex(fields.next()?)?;
     let used = hex(fields.next()?)?;
     let _offset = hex(fields.next()?)?;
-    let (_unit, _page) = (fields.next()?, fields.next()?);
+    let page = (fields.next()?, fields.next()?);
     let mut name: Vec<&str> = fields.collect();
     name.reverse();
     let block = RamBlock {
@@ -50,6 +52,7 @@ fn ram_block(line: &str) -> Option<RamBlock> {
         used,
         total,
         host,
+        huge_pages: page != ("KiB", "4"),
     };
     let sound = !block.name.is_empty() && used <= total && used > 0 && host != 0;
     sound.then_some(block)
@@ -72,7 +75,7 @@ struct Open {
 ///
 /// # Errors
 /// The line that is not understood.
-pub fn device_tree(text: &str) -> Result<Vec<DeviceSpec>, String> {
+pub(super) fn device_tree(text: &str) -> Result<Vec<DeviceSpec>, String> {
     let mut devices: Vec<DeviceSpec> = Vec::new();
     let mut open: Vec<Open> = Vec::new();
     for line in text.lines() {
@@ -117,10 +120,7 @@ pub fn device_tree(text: &str) -> Result<Vec<DeviceSpec>, String> {
 }
 
 fn join(outer: Option<&Open>, name: &str) -> String {
-    outer.map_or_else(
-        || name.to_owned(),
-        |outer| format!("{}/{name}", outer.path),
-    )
+    outer.map_or_else(|| name.to_owned(), |outer| format!("{}/{name}", outer.path))
 }
 
 /// `stem[N]` with the first N that is free.
@@ -169,9 +169,19 @@ mod tests {
     fn ram_blocks_are_read_with_used_size_and_address() {
         let blocks = ram_blocks(RAM).unwrap();
         assert_eq!(blocks.len(), 3);
-        assert_eq!((blocks[0].name.as_str(), blocks[0].host), ("pc.ram", 0x7f8e_93e0_0000));
+        assert_eq!(
+            (blocks[0].name.as_str(), blocks[0].host),
+            ("pc.ram", 0x7f8e_93e0_0000)
+        );
         assert_eq!((blocks[1].used, blocks[1].total), (0x2_0000, 0x20_0000));
         assert_eq!(blocks[2].name, "a name of three");
+        assert_eq!(
+            blocks
+                .iter()
+                .map(|block| block.huge_pages)
+                .collect::<Vec<_>>(),
+            [false, false, true]
+        );
     }
 
     #[test]
@@ -220,14 +230,20 @@ mod tests {
             ("main-system-bus/hpet[0]".to_owned(), "hpet"),
             ("main-system-bus/q35-pcihost[0]".to_owned(), "q35-pcihost"),
             (format!("{pci}/05.0"), "virtio-blk-pci"),
-            (format!("{pci}/05.0/virtio-bus/virtio-blk-device[0]"), "virtio-blk-device"),
+            (
+                format!("{pci}/05.0/virtio-bus/virtio-blk-device[0]"),
+                "virtio-blk-device",
+            ),
             (format!("{pci}/net0"), "virtio-net-pci"),
             (format!("{pci}/1f.0"), "ICH9-LPC"),
             (format!("{pci}/1f.0/isa.0/isa-i8259[0]"), "isa-i8259"),
             (format!("{pci}/1f.0/isa.0/isa-i8259[1]"), "isa-i8259"),
             ("main-system-bus/fw_cfg_io[0]".to_owned(), "fw_cfg_io"),
         ];
-        let wanted: Vec<(&str, &str)> = wanted.iter().map(|(path, kind)| (path.as_str(), *kind)).collect();
+        let wanted: Vec<(&str, &str)> = wanted
+            .iter()
+            .map(|(path, kind)| (path.as_str(), *kind))
+            .collect();
         assert_eq!(found, wanted);
     }
 

@@ -129,7 +129,10 @@ impl Machine {
         let path = text(first, "qom-path", "query-cpus-fast")?;
         let (cpu_model, features) = tokio::try_join!(
             qmp.execute("qom-get", json!({ "path": path, "property": "type" })),
-            qmp.execute("qom-get", json!({ "path": path, "property": "feature-words" })),
+            qmp.execute(
+                "qom-get",
+                json!({ "path": path, "property": "feature-words" })
+            ),
         )?;
         let kind = kind.as_str().unwrap_or_default();
         Ok(Self {
@@ -138,7 +141,9 @@ impl Machine {
             kind: kind.strip_suffix("-machine").unwrap_or(kind).to_owned(),
             cpu_model: cpu_model.as_str().unwrap_or_default().to_owned(),
             vcpus: u32::try_from(cpus.len()).unwrap_or(u32::MAX),
-            vcpu_thread: first["thread-id"].as_u64().and_then(|id| u32::try_from(id).ok()),
+            vcpu_thread: first["thread-id"]
+                .as_u64()
+                .and_then(|id| u32::try_from(id).ok()),
             cpu_features: cpu_features(&features),
             objects: children(&objects),
             network,
@@ -151,7 +156,10 @@ fn children(answer: &Value) -> Vec<(String, String)> {
     let entries = answer.as_array().into_iter().flatten();
     entries
         .filter_map(|entry| {
-            let kind = entry["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+            let kind = entry["type"]
+                .as_str()?
+                .strip_prefix("child<")?
+                .strip_suffix('>')?;
             Some((entry["name"].as_str()?.to_owned(), kind.to_owned()))
         })
         .collect()
@@ -195,8 +203,7 @@ impl Layout {
             qmp.execute("query-named-block-nodes", json!({ "flat": true })),
         )?;
         let unclear = |command: &str, why: &String| QmpError::unexpected(command, why);
-        let mut devices =
-            hmp::device_tree(&tree).map_err(|why| unclear("info qtree", &why))?;
+        let mut devices = hmp::device_tree(&tree).map_err(|why| unclear("info qtree", &why))?;
         devices.sort();
         Ok(Self {
             ram: hmp::ram_blocks(&ram).map_err(|why| unclear("info ramblock", &why))?,
@@ -219,8 +226,8 @@ fn disks(answer: &Value) -> Result<Vec<Disk>, QmpError> {
         if inserted.is_null() {
             continue;
         }
-        let disk = disk(device, inserted)
-            .ok_or_else(|| QmpError::unexpected("query-block", device))?;
+        let disk =
+            disk(device, inserted).ok_or_else(|| QmpError::unexpected("query-block", device))?;
         if !disks.iter().any(|known| known.node == disk.node) {
             disks.push(disk);
         }
@@ -249,7 +256,7 @@ fn disk(device: &Value, inserted: &Value) -> Option<Disk> {
     })
 }
 
-fn block_nodes(answer: &Value) -> Result<Vec<BlockNode>, QmpError> {
+pub(super) fn block_nodes(answer: &Value) -> Result<Vec<BlockNode>, QmpError> {
     list(answer, "query-named-block-nodes")?
         .iter()
         .map(|node| {
@@ -333,7 +340,14 @@ mod tests {
             .iter()
             .map(|disk| (disk.name.as_str(), disk.node.as_str(), disk.read_only))
             .collect();
-        assert_eq!(names, [("/machine/x", "#block222", true), ("old1", "#block111", false), ("root", "root", false)]);
+        assert_eq!(
+            names,
+            [
+                ("/machine/x", "#block222", true),
+                ("old1", "#block111", false),
+                ("root", "root", false)
+            ]
+        );
         assert!(disks(&json!([{"inserted": {"node-name": "x"}}])).is_err());
     }
 
@@ -349,7 +363,10 @@ mod tests {
     #[test]
     fn a_uuid_of_zeroes_is_none() {
         assert_eq!(parse_uuid("00000000-0000-0000-0000-000000000000"), None);
-        assert_eq!(parse_uuid("12345678-1234-1234-1234-123456789abc").unwrap()[..2], [0x12, 0x34]);
+        assert_eq!(
+            parse_uuid("12345678-1234-1234-1234-123456789abc").unwrap()[..2],
+            [0x12, 0x34]
+        );
         assert_eq!(parse_uuid("é2345678-1234-1234-1234-123456789ab"), None);
     }
 
@@ -360,9 +377,13 @@ mod tests {
             {"cpuid-register": "EBX", "cpuid-input-ecx": 0, "cpuid-input-eax": 7, "features": 0},
             {"cpuid-register": "EDX", "cpuid-input-ecx": 2, "cpuid-input-eax": 7, "features": 3},
         ]);
-        let wanted = [("1.EDX", "0x78bfbfd"), ("7.2.EDX", "0x3")].map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let wanted =
+            [("1.EDX", "0x78bfbfd"), ("7.2.EDX", "0x3")].map(|(a, b)| (a.to_owned(), b.to_owned()));
         assert_eq!(cpu_features(&answer), wanted);
         let objects = json!([{"name": "type", "type": "string"}, {"name": "m0", "type": "child<memory-backend-file>"}]);
-        assert_eq!(children(&objects), [("m0".to_owned(), "memory-backend-file".to_owned())]);
+        assert_eq!(
+            children(&objects),
+            [("m0".to_owned(), "memory-backend-file".to_owned())]
+        );
     }
 }

@@ -23,12 +23,27 @@ const DMA_DRIVERS: [&str; 6] = [
 
 /// Beginnings of device types whose memory or state is written by another process or by hardware.
 const FOREIGN_DEVICES: [(&str, &str); 6] = [
-    ("vhost-user", "another process writes the guest's memory through a mapping of its own"),
-    ("vhost-vdpa", "hardware writes the guest's memory past the kernel's page tables"),
-    ("vhost-scsi", "its I/O in flight is kept in the kernel, out of QEMU's reach"),
-    ("vfio", "hardware writes the guest's memory past the kernel's page tables"),
+    (
+        "vhost-user",
+        "another process writes the guest's memory through a mapping of its own",
+    ),
+    (
+        "vhost-vdpa",
+        "hardware writes the guest's memory past the kernel's page tables",
+    ),
+    (
+        "vhost-scsi",
+        "its I/O in flight is kept in the kernel, out of QEMU's reach",
+    ),
+    (
+        "vfio",
+        "hardware writes the guest's memory past the kernel's page tables",
+    ),
     ("x-vfio", "another process writes the guest's memory"),
-    ("ivshmem", "other processes write its memory through mappings of their own"),
+    (
+        "ivshmem",
+        "other processes write its memory through mappings of their own",
+    ),
 ];
 
 /// Why the guest cannot leave, as found at the source.
@@ -43,13 +58,23 @@ pub(super) fn source(machine: &Machine, layout: &Layout, obstacles: &Obstacles) 
     for (id, kind) in &machine.objects {
         let found = FOREIGN_DEVICES.iter().find(|(name, _)| kind.contains(name));
         if let Some((_, why)) = found {
-            out.push(format!("object {id} is a {kind}: {why}, which dirty-page tracking cannot see; remove it"));
+            out.push(format!(
+                "object {id} is a {kind}: {why}, which dirty-page tracking cannot see; remove it"
+            ));
         }
     }
     for kind in ["vhost-user", "vhost-vdpa"] {
         let backend = format!("type={kind}");
-        for line in machine.network.lines().filter(|line| line.contains(&backend)) {
-            let name = line.trim_matches([' ', '\\', '\r']).split(':').next().unwrap_or("?");
+        for line in machine
+            .network
+            .lines()
+            .filter(|line| line.contains(&backend))
+        {
+            let name = line
+                .trim_matches([' ', '\\', '\r'])
+                .split(':')
+                .next()
+                .unwrap_or("?");
             foreign(kind, &format!("network back end {name}"), &mut out);
         }
     }
@@ -97,7 +122,9 @@ fn migration(obstacles: &Obstacles, out: &mut Vec<String>) {
 }
 
 fn foreign(kind: &str, what: &str, out: &mut Vec<String>) {
-    let found = FOREIGN_DEVICES.iter().find(|(begin, _)| kind.starts_with(begin));
+    let found = FOREIGN_DEVICES
+        .iter()
+        .find(|(begin, _)| kind.starts_with(begin));
     if let Some((_, why)) = found {
         out.push(format!(
             "{what} is a {kind}: {why}, which dirty-page tracking cannot see; unplug it"
@@ -114,14 +141,20 @@ fn block(layout: &Layout, obstacles: &Obstacles, out: &mut Vec<String>) {
             ));
         }
     }
-    for export in obstacles.exports.iter().filter(|export| !names::is_ours(&export.id)) {
+    for export in obstacles
+        .exports
+        .iter()
+        .filter(|export| !names::is_ours(&export.id))
+    {
         out.push(format!(
             "block export {} ({}) is in use; another program serves this guest's disks (a backup, a mirror): wait for it or `block-export-del` it",
             export.id, export.kind
         ));
     }
     for job in &obstacles.jobs {
-        out.push(format!("block job {job} is running; wait for it or cancel it"));
+        out.push(format!(
+            "block job {job} is running; wait for it or cancel it"
+        ));
     }
     let mut seen = BTreeMap::new();
     for disk in &layout.disks {
@@ -140,11 +173,22 @@ fn block(layout: &Layout, obstacles: &Obstacles, out: &mut Vec<String>) {
 /// What must be alike at both sides besides RAM blocks and disks to copy: CPU features, devices, other disks.
 pub(super) fn devices(machine: &Machine, layout: &Layout, shared: &[String]) -> Vec<DeviceSpec> {
     let mut devices = layout.devices.clone();
-    devices.extend(machine.cpu_features.iter().map(|(place, value)| DeviceSpec {
-        path: format!("cpu/feature-word/{place}"),
-        kind: value.clone(),
-    }));
+    devices.extend(
+        machine
+            .cpu_features
+            .iter()
+            .map(|(place, value)| DeviceSpec {
+                path: format!("cpu/feature-word/{place}"),
+                kind: value.clone(),
+            }),
+    );
     for disk in &layout.disks {
+        if !disk.read_only && !shared.contains(&disk.name) && disk.allocated > 0 {
+            devices.push(DeviceSpec {
+                path: in_use_path(&disk.name),
+                kind: disk.allocated.to_string(),
+            });
+        }
         let mode = if shared.contains(&disk.name) {
             "shared"
         } else if disk.read_only {
@@ -161,6 +205,19 @@ pub(super) fn devices(machine: &Machine, layout: &Layout, shared: &[String]) -> 
     devices
 }
 
+/// A hint, not compared: how much of a disk to copy is in use at the source.
+fn in_use_path(disk: &str) -> String {
+    format!("hint/bytes-in-use/{disk}")
+}
+
+/// How much of `disk` is in use at the source, where it knows; at most its length.
+pub(super) fn bytes_in_use(spec: &GuestSpec, disk: &str) -> Option<u64> {
+    let path = in_use_path(disk);
+    let hint = spec.devices.iter().find(|device| device.path == path)?;
+    let region = spec.regions.iter().find(|region| region.name == disk)?;
+    Some(hint.kind.parse::<u64>().ok()?.min(region.len.0))
+}
+
 /// Why `spec` cannot be received here: every difference, with both values.
 pub(super) fn mismatches(
     spec: &GuestSpec,
@@ -172,16 +229,43 @@ pub(super) fn mismatches(
     version(machine, &mut out);
     let mut unlike = |what: &str, there: &str, here: &str, cure: &str| {
         if there != here {
-            out.push(format!("{what} is {there} at the source and {here} here: {cure}"));
+            out.push(format!(
+                "{what} is {there} at the source and {here} here: {cure}"
+            ));
         }
     };
     let vcpus = (spec.vcpus.to_string(), machine.vcpus.to_string());
-    unlike("the driver", &spec.driver, "qemu", "both guest files must name the same driver");
-    unlike("the machine type", &spec.machine, &machine.kind, "start this QEMU with the same versioned `-machine`");
-    unlike("the CPU model", &spec.cpu_model, &machine.cpu_model, "start this QEMU with the same `-cpu`");
-    unlike("the number of virtual CPUs", &vcpus.0, &vcpus.1, "start this QEMU with the same `-smp`");
+    unlike(
+        "the driver",
+        &spec.driver,
+        "qemu",
+        "both guest files must name the same driver",
+    );
+    unlike(
+        "the machine type",
+        &spec.machine,
+        &machine.kind,
+        "start this QEMU with the same versioned `-machine`",
+    );
+    unlike(
+        "the CPU model",
+        &spec.cpu_model,
+        &machine.cpu_model,
+        "start this QEMU with the same `-cpu`",
+    );
+    unlike(
+        "the number of virtual CPUs",
+        &vcpus.0,
+        &vcpus.1,
+        "start this QEMU with the same `-smp`",
+    );
     let uuid = (uuid(spec.uuid), uuid(machine.uuid));
-    unlike("the UUID", &uuid.0, &uuid.1, "start this QEMU with the same `-uuid`");
+    unlike(
+        "the UUID",
+        &uuid.0,
+        &uuid.1,
+        "start this QEMU with the same `-uuid`",
+    );
     older(spec, machine, &mut out);
     regions(spec, layout, shared, &mut out);
     unlike_devices(&spec.devices, &devices(machine, layout, shared), &mut out);
@@ -216,7 +300,11 @@ fn older(spec: &GuestSpec, machine: &Machine, out: &mut Vec<String>) {
 fn regions(spec: &GuestSpec, layout: &Layout, shared: &[String], out: &mut Vec<String>) {
     let here = |kind| -> BTreeMap<&str, u64> {
         match kind {
-            RegionKind::Memory => layout.ram.iter().map(|block| (block.name.as_str(), block.used)).collect(),
+            RegionKind::Memory => layout
+                .ram
+                .iter()
+                .map(|block| (block.name.as_str(), block.used))
+                .collect(),
             RegionKind::Disk => layout
                 .disks
                 .iter()
@@ -226,8 +314,16 @@ fn regions(spec: &GuestSpec, layout: &Layout, shared: &[String], out: &mut Vec<S
         }
     };
     for (kind, word, cure) in [
-        (RegionKind::Memory, "RAM block", "start this QEMU with the same memory and devices"),
-        (RegionKind::Disk, "disk", "attach a disk of that node name and size, such as one made by `qemu-img create`"),
+        (
+            RegionKind::Memory,
+            "RAM block",
+            "start this QEMU with the same memory and devices",
+        ),
+        (
+            RegionKind::Disk,
+            "disk",
+            "attach a disk of that node name and size, such as one made by `qemu-img create`",
+        ),
     ] {
         let mut here = here(kind);
         for region in spec.regions.iter().filter(|region| region.kind == kind) {
@@ -252,11 +348,13 @@ fn regions(spec: &GuestSpec, layout: &Layout, shared: &[String], out: &mut Vec<S
 }
 
 fn unlike_devices(there: &[DeviceSpec], here: &[DeviceSpec], out: &mut Vec<String>) {
+    let is_hint = |device: &&DeviceSpec| device.path.starts_with("hint/");
     let mut left: BTreeMap<&str, &str> = here
         .iter()
+        .filter(|device| !is_hint(device))
         .map(|device| (device.path.as_str(), device.kind.as_str()))
         .collect();
-    for device in there {
+    for device in there.iter().filter(|device| !is_hint(device)) {
         match left.remove(device.path.as_str()) {
             Some(kind) if kind == device.kind => {}
             Some(kind) => out.push(format!(
@@ -309,12 +407,29 @@ pub(super) fn too_large(spec: &GuestSpec) -> Vec<String> {
         ));
     }
     let names = spec.regions.iter().map(|region| &region.name);
-    let paths = spec.devices.iter().flat_map(|device| [&device.path, &device.kind]);
-    for name in names.chain(paths).filter(|name| name.len() > limits::MAX_NAME) {
-        out.push(format!("the name {name} is longer than {} bytes", limits::MAX_NAME));
+    let paths = spec
+        .devices
+        .iter()
+        .flat_map(|device| [&device.path, &device.kind]);
+    for name in names
+        .chain(paths)
+        .filter(|name| name.len() > limits::MAX_NAME)
+    {
+        out.push(format!(
+            "the name {name} is longer than {} bytes",
+            limits::MAX_NAME
+        ));
     }
-    for region in spec.regions.iter().filter(|region| region.len.0 > limits::MAX_REGION_LEN) {
-        out.push(format!("{} is larger than {} TiB", region.name, limits::MAX_REGION_LEN >> 40));
+    for region in spec
+        .regions
+        .iter()
+        .filter(|region| region.len.0 > limits::MAX_REGION_LEN)
+    {
+        out.push(format!(
+            "{} is larger than {} TiB",
+            region.name,
+            limits::MAX_REGION_LEN >> 40
+        ));
     }
     out
 }

@@ -24,17 +24,19 @@ const GLOBAL_STATE: &[u8] = b"\x0bglobalstate";
 const RUN_STATE_LEN: usize = 100;
 /// What it is made to say.
 const PAUSED: &[u8] = b"paused";
+/// The length of that text with its end, as the field says it.
+const PAUSED_LEN: [u8; 4] = [0, 0, 0, 7];
 
 /// A saved device state that is not as QEMU writes it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the saved device state is not as QEMU writes it: {0}")]
-pub struct StreamError(String);
+pub(super) struct StreamError(String);
 
 /// Checks what the source saved, before it is sent.
 ///
 /// # Errors
 /// Where it is not whole or would not be accepted by [`incoming`].
-pub fn check_saved(saved: &[u8]) -> Result<(), StreamError> {
+pub(super) fn check_saved(saved: &[u8]) -> Result<(), StreamError> {
     if !saved.starts_with(&HEADER) {
         return Err(broken("it does not begin with QEVM version 3"));
     }
@@ -48,7 +50,7 @@ pub fn check_saved(saved: &[u8]) -> Result<(), StreamError> {
 ///
 /// # Errors
 /// As [`check_saved`].
-pub fn incoming(saved: &[u8], machine: &str) -> Result<Vec<u8>, StreamError> {
+pub(super) fn incoming(saved: &[u8], machine: &str) -> Result<Vec<u8>, StreamError> {
     check_saved(saved)?;
     let at = run_state_at(saved)?;
     let mut out = Vec::with_capacity(saved.len() + machine.len() + 64);
@@ -69,7 +71,7 @@ pub fn incoming(saved: &[u8], machine: &str) -> Result<Vec<u8>, StreamError> {
 fn write_paused(out: &mut [u8], at: usize) {
     let field = &mut out[at..at + 4 + RUN_STATE_LEN];
     field.fill(0);
-    field[3] = PAUSED.len() as u8 + 1;
+    field[..4].copy_from_slice(&PAUSED_LEN);
     field[4..4 + PAUSED.len()].copy_from_slice(PAUSED);
 }
 
@@ -118,7 +120,9 @@ fn is_run_state(field: &[u8]) -> bool {
     let Some(end) = text.iter().position(|byte| *byte == 0) else {
         return false;
     };
-    let is_word = text[..end].iter().all(|byte| byte.is_ascii_lowercase() || *byte == b'-');
+    let is_word = text[..end]
+        .iter()
+        .all(|byte| byte.is_ascii_lowercase() || *byte == b'-');
     end > 0 && is_word && len == end + 1
 }
 
@@ -136,7 +140,7 @@ mod tests {
         let mut out = vec![0x04, 0, 0, 0, 2];
         out.extend(b"\x0bglobalstate");
         out.extend([0, 0, 0, 0, 0, 0, 0, 1]);
-        out.extend((state.len() as u32 + 1).to_be_bytes());
+        out.extend((u32::try_from(state.len()).unwrap() + 1).to_be_bytes());
         let mut text = state.as_bytes().to_vec();
         text.resize(RUN_STATE_LEN, 0);
         out.extend(text);
@@ -154,7 +158,11 @@ mod tests {
     #[test]
     fn the_stream_is_as_a_destination_wants_it_and_says_paused() {
         let other = b"\x04\0\0\0\x03\x05timer\0\0\0\0\0\0\0\x02abc".to_vec();
-        let stream = incoming(&saved(&[other.clone(), global_state("running")]), "pc-q35-10.0").unwrap();
+        let stream = incoming(
+            &saved(&[other.clone(), global_state("running")]),
+            "pc-q35-10.0",
+        )
+        .unwrap();
         let mut wanted = b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-10.0".to_vec();
         wanted.extend(other);
         wanted.extend(global_state("paused"));
@@ -166,7 +174,12 @@ mod tests {
     fn a_state_without_or_with_two_run_states_is_refused() {
         assert!(check_saved(&saved(&[])).is_err());
         let twice = saved(&[global_state("running"), global_state("paused")]);
-        assert!(check_saved(&twice).unwrap_err().to_string().contains("twice"));
+        assert!(
+            check_saved(&twice)
+                .unwrap_err()
+                .to_string()
+                .contains("twice")
+        );
     }
 
     #[test]

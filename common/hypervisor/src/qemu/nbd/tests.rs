@@ -42,7 +42,7 @@ fn option_reply(out: &mut Vec<u8>, option: u32, kind: u32, data: &[u8]) {
     out.extend(wire::OPTION_REPLY_MAGIC.to_be_bytes());
     out.extend(option.to_be_bytes());
     out.extend(kind.to_be_bytes());
-    out.extend((data.len() as u32).to_be_bytes());
+    out.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
     out.extend(data);
 }
 
@@ -51,7 +51,7 @@ fn chunk(flags: u16, kind: u16, cookie: u64, payload: &[u8]) -> Vec<u8> {
     out.extend(flags.to_be_bytes());
     out.extend(kind.to_be_bytes());
     out.extend(cookie.to_be_bytes());
-    out.extend((payload.len() as u32).to_be_bytes());
+    out.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
     out.extend(payload);
     out
 }
@@ -390,7 +390,7 @@ async fn a_real_qemu_nbd_is_read_written_zeroed_mapped_and_flushed() {
         .map(|index| {
             let nbd = nbd.clone();
             tokio::spawn(async move {
-                let data = Bytes::from(vec![index as u8 + 1; 4096]);
+                let data = Bytes::from(vec![u8::try_from(index).unwrap() + 1; 4096]);
                 nbd.write(index * 8192, data.clone()).await.unwrap();
                 assert_eq!(nbd.read(index * 8192, 4096).await.unwrap(), data);
             })

@@ -1,0 +1,378 @@
+//! A running guest of QEMU that is to leave this host.
+//!
+//! Owns the order of what is asked of QEMU: attach, tracking, pause, device state, resume, release. Disks are in
+//! `source_disks`, memory in the crate's `memory`, judgements in `preflight`. Invariant: nothing that this driver made
+//! inside QEMU outlives `stop_tracking`, and only `resume`, which consumes a permit, says `cont`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use vmferry_common::process::ProcessIdentity;
+use vmferry_proto::handover::RunPermit;
+use vmferry_proto::ids::RegionId;
+use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
+
+use super::describe;
+use super::inventory::{self, Layout, Machine, Obstacles};
+use super::leftovers;
+use super::link::Link;
+use super::preflight;
+use super::qmp::{EventTally, Qmp, QmpError};
+use super::source_disks::SourceDisks;
+use super::state_file::StateFile;
+use super::stream;
+use crate::config::SourceConfig;
+use crate::error::GuestError;
+use crate::guest::{
+    GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
+};
+use crate::memory::ProcessMemory;
+
+/// Longest wait for `stop`: it ends when the slowest disk request in flight has, and flushes the images.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// Longest wait for the device state to be written.
+const SAVE_LIMIT: Duration = Duration::from_secs(120);
+
+/// A guest of QEMU at the source.
+#[derive(Debug)]
+pub struct QemuSource {
+    spec: GuestSpec,
+    link: Link,
+    layout: Layout,
+    memory: ProcessMemory,
+    disks: SourceDisks,
+    pause: Option<Pause>,
+    released: bool,
+}
+
+/// What is known of the current pause.
+#[derive(Debug)]
+struct Pause {
+    /// Events before it: any more of some kinds mean that somebody else touched the guest.
+    tally: EventTally,
+    layout: Layout,
+    state: Option<StateFile>,
+}
+
+impl QemuSource {
+    /// Attaches to the QEMU that `config` names, removes what an earlier agent left, and makes every check of a source.
+    ///
+    /// # Errors
+    /// [`GuestError::Incompatible`] with every reason why this guest cannot be migrated.
+    pub async fn attach(config: &SourceConfig) -> Result<Self, GuestError> {
+        let path = config.qmp.as_ref().ok_or_else(|| {
+            GuestError::Config(format!(
+                "guest file of {}: driver \"qemu\" needs `qmp = \"PATH\"`",
+                config.name
+            ))
+        })?;
+        let qmp = Qmp::connect(path).await?;
+        let machine = Machine::of(&qmp).await?;
+        let link = Link::new(qmp, &machine, true)?;
+        leftovers::remove(&link.qmp, &link.identity()).await?;
+        let (layout, obstacles) = tokio::join!(Layout::of(&link.qmp), Obstacles::of(&link.qmp));
+        let (layout, obstacles) = (layout?, obstacles?);
+        let shared = describe::shared_disks(&config.disks, &layout)?;
+        let mut refusals = preflight::source(&machine, &layout, &obstacles);
+        let run_state = run_state(&obstacles.status).unwrap_or(RunState::Paused);
+        let spec = describe::spec(&config.name, &machine, &layout, run_state, shared);
+        refusals.extend(preflight::too_large(&spec));
+        describe::refuse("this guest cannot be migrated", &refusals)?;
+        let memory = ProcessMemory::attach(&link.identity(), describe::memory(&spec, &layout))?;
+        let disks = SourceDisks::new(describe::disks(&spec, &layout));
+        Ok(Self {
+            spec,
+            link,
+            layout,
+            memory,
+            disks,
+            pause: None,
+            released: false,
+        })
+    }
+
+    /// Stops the guest and looks at it again; everything is sent together and carried out in this order.
+    async fn stop_and_look(&mut self) -> Result<(), GuestError> {
+        let qmp = &self.link.qmp;
+        let tally = qmp.tally();
+        let begun = Instant::now();
+        let stop = async {
+            let stopped = qmp.execute_within("stop", json!({}), STOP_LIMIT).await;
+            (stopped, begun.elapsed())
+        };
+        let ((stopped, stop_took), layout, status) =
+            tokio::join!(stop, Layout::of(qmp), inventory::status(qmp));
+        stopped?;
+        let layout = layout?;
+        tracing::debug!(?stop_took, elapsed = ?begun.elapsed(), "stopped the guest and listed it again");
+        check_untouched(qmp, &tally, &status?)?;
+        let changes = describe::changes(&self.layout, &layout);
+        let pause = Pause {
+            tally,
+            layout,
+            state: self.pause.take().and_then(|pause| pause.state),
+        };
+        self.pause = Some(pause);
+        if changes.is_empty() {
+            return Ok(());
+        }
+        Err(GuestError::Touched(format!(
+            "it changed since the migration began: {}; migrate it again",
+            changes.join("; ")
+        )))
+    }
+
+    /// Makes ready what the device state will need, while the guest still runs.
+    async fn prepare_pause(&mut self) -> Result<(), GuestError> {
+        let begun = Instant::now();
+        let (state, ()) = tokio::join!(
+            StateFile::for_saving(&self.link.qmp),
+            self.disks.flush_ahead()
+        );
+        self.pause = Some(Pause {
+            tally: self.link.qmp.tally(),
+            layout: self.layout.clone(),
+            state: Some(state?),
+        });
+        tracing::debug!(elapsed = ?begun.elapsed(), "made ready for the pause");
+        Ok(())
+    }
+
+    /// Exports and server gone, nothing in the way of the device state: else QEMU would crash in saving it.
+    async fn clear_the_way(&mut self) -> Result<(), GuestError> {
+        let qmp = &self.link.qmp;
+        let ask = || qmp.execute("query-migrate", json!({}));
+        let (closed, exports, migrate) =
+            tokio::join!(self.disks.close(qmp), inventory::exports(qmp), ask());
+        closed?;
+        if let Some(export) = exports?.first() {
+            return Err(GuestError::Touched(format!(
+                "block export {} is there, which this agent did not make or could not remove",
+                export.id
+            )));
+        }
+        match inventory::blocked_reasons(&migrate?).as_slice() {
+            [] => Ok(()),
+            reasons => Err(GuestError::Incompatible(format!(
+                "QEMU says that the guest cannot be migrated any more: {}",
+                reasons.join("; ")
+            ))),
+        }
+    }
+
+    async fn state(&self) -> Result<RunState, GuestError> {
+        self.link.check_alive()?;
+        let status = inventory::status(&self.link.qmp).await?;
+        run_state(&status).ok_or_else(|| not_runnable(&status))
+    }
+}
+
+fn run_state(status: &str) -> Option<RunState> {
+    match status {
+        "running" => Some(RunState::Running),
+        "paused" => Some(RunState::Paused),
+        _ => None,
+    }
+}
+
+fn not_runnable(status: &str) -> GuestError {
+    match status {
+        "shutdown" => GuestError::ShutDown(format!("QEMU's state is {status}")),
+        _ => GuestError::Touched(format!(
+            "QEMU's state is {status}, neither running nor paused"
+        )),
+    }
+}
+
+/// Whether the guest is paused, and nobody else did anything to it since `tally`.
+fn check_untouched(qmp: &Qmp, tally: &EventTally, status: &str) -> Result<(), GuestError> {
+    let now = qmp.tally();
+    if now.shutdown > tally.shutdown {
+        let reason = now.shutdown_reason.unwrap_or_default();
+        return Err(GuestError::ShutDown(reason));
+    }
+    if let Some(touched) = now.touched_since(tally) {
+        return Err(GuestError::Touched(touched));
+    }
+    match status {
+        "paused" => Ok(()),
+        other => Err(not_runnable(other)),
+    }
+}
+
+#[async_trait]
+impl SourceGuest for QemuSource {
+    fn spec(&self) -> &GuestSpec {
+        &self.spec
+    }
+
+    fn reader(&self, region: RegionId) -> Option<Arc<dyn RegionReader>> {
+        match self.spec.region(region)?.kind {
+            RegionKind::Memory => self.memory.reader(region),
+            RegionKind::Disk => Some(self.disks.handle(region)?),
+        }
+    }
+
+    async fn start_tracking(&mut self) -> Result<(), GuestError> {
+        self.disks.start(&self.link.qmp).await?;
+        let started = self.memory.start_tracking().await?;
+        tracing::info!(
+            descriptor = started.descriptor,
+            stopped = ?started.stopped,
+            "tracking the guest's writes"
+        );
+        Ok(())
+    }
+
+    async fn stop_tracking(&mut self) -> Result<(), GuestError> {
+        let memory = self.memory.stop_tracking().await;
+        if let Some(state) = self.pause.as_mut().and_then(|pause| pause.state.take()) {
+            state.remove(&self.link.qmp).await;
+        }
+        let disks = self.disks.stop(&self.link.qmp).await;
+        // A process that is gone holds nothing any more.
+        match memory.and(disks) {
+            Err(GuestError::Gone(_)) => Ok(()),
+            other => other,
+        }
+    }
+
+    async fn take_dirty(&mut self, region: RegionId) -> Result<Taken, GuestError> {
+        self.link.check_alive()?;
+        if self.disks.has(region) {
+            let nodes = self
+                .pause
+                .as_ref()
+                .map(|pause| pause.layout.nodes.as_slice());
+            return self.disks.take(&self.link.qmp, region, nodes).await;
+        }
+        self.memory.take_dirty(region).await
+    }
+
+    async fn settle(&mut self, region: RegionId, outcome: Settlement) -> Result<(), GuestError> {
+        if self.disks.has(region) {
+            let paused = self.pause.is_some();
+            return self
+                .disks
+                .settle(&self.link.qmp, region, outcome, paused)
+                .await;
+        }
+        self.memory.settle(region, outcome);
+        Ok(())
+    }
+
+    async fn io_barrier(&mut self) -> Result<Duration, GuestError> {
+        if self.pause.is_some() || !self.layout.has_direct_io() {
+            return Ok(Duration::ZERO);
+        }
+        // QEMU drains in-flight requests before it runs a transaction, so an empty one is a barrier.
+        let begun = Instant::now();
+        let arguments = json!({ "actions": [] });
+        self.link
+            .qmp
+            .execute_within("transaction", arguments, STOP_LIMIT)
+            .await?;
+        Ok(begun.elapsed())
+    }
+
+    async fn run_state(&mut self) -> Result<RunState, GuestError> {
+        self.state().await
+    }
+
+    async fn pause(&mut self) -> Result<GuestPaused, PauseError> {
+        let untouched = |source| PauseError {
+            before: None,
+            source,
+        };
+        let before = self.state().await.map_err(untouched)?;
+        self.prepare_pause().await.map_err(untouched)?;
+        match self.stop_and_look().await {
+            Ok(()) => Ok(GuestPaused::confirmed_by_driver(before)),
+            Err(source) => Err(PauseError {
+                before: Some(before),
+                source,
+            }),
+        }
+    }
+
+    async fn still_paused(&mut self, _paused: &GuestPaused) -> Result<(), GuestError> {
+        self.link.check_alive()?;
+        let status = inventory::status(&self.link.qmp).await?;
+        let pause = self.pause.as_ref().ok_or_else(not_paused_by_us)?;
+        check_untouched(&self.link.qmp, &pause.tally, &status)
+    }
+
+    async fn save_device_state(&mut self, _paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
+        let begun = Instant::now();
+        self.clear_the_way().await?;
+        let cleared = begun.elapsed();
+        let live = !self.spec.shared_disks.is_empty();
+        let pause = self.pause.as_mut().ok_or_else(not_paused_by_us)?;
+        let state = pause.state.take().ok_or_else(not_paused_by_us)?;
+        let qmp = &self.link.qmp;
+        let arguments = json!({ "filename": state.path(), "live": live });
+        let (saved, status) = tokio::join!(
+            qmp.execute_within("xen-save-devices-state", arguments, SAVE_LIMIT),
+            inventory::status(qmp),
+        );
+        saved?;
+        check_untouched(qmp, &pause.tally, &status?)?;
+        let saved_after = begun.elapsed();
+        let bytes = state.read()?;
+        stream::check_saved(&bytes).map_err(|error| GuestError::Refused {
+            command: "xen-save-devices-state".to_owned(),
+            answer: error.to_string(),
+        })?;
+        state.remove_later(qmp);
+        tracing::debug!(?cleared, ?saved_after, elapsed = ?begun.elapsed(), bytes = bytes.len(), "saved the device state");
+        Ok(bytes)
+    }
+
+    async fn resume(&mut self, _permit: RunPermit, to: RunState) -> Result<(), GuestError> {
+        let qmp = &self.link.qmp;
+        match to {
+            RunState::Running => {
+                qmp.execute_within("cont", json!({}), STOP_LIMIT).await?;
+            }
+            RunState::Paused => describe::activate_disks(qmp).await?,
+        }
+        if let Some(state) = self.pause.take().and_then(|pause| pause.state) {
+            state.remove(qmp).await;
+        }
+        Ok(())
+    }
+
+    async fn release(&mut self) -> Result<(), GuestError> {
+        if self.released {
+            return Ok(());
+        }
+        self.link.quit().await?;
+        self.released = true;
+        Ok(())
+    }
+
+    fn life(&self) -> watch::Receiver<GuestLife> {
+        self.link.life()
+    }
+
+    fn process(&self) -> ProcessIdentity {
+        self.link.identity()
+    }
+}
+
+fn not_paused_by_us() -> GuestError {
+    GuestError::Touched("it is not paused by this agent".to_owned())
+}
+
+impl From<QmpError> for PauseError {
+    fn from(error: QmpError) -> Self {
+        Self {
+            before: None,
+            source: error.into(),
+        }
+    }
+}

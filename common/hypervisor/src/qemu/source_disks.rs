@@ -1,0 +1,429 @@
+//! The source's disks: dirty bitmaps, their rotation, and the read-only exports.
+//!
+//! Owns what of a disk is dirty. A bitmap records writes from the start of tracking on; a rotation, one QMP transaction,
+//! adds the next bitmap and disables the old one at one moment, with no request in flight. A disabled bitmap is read
+//! through a passing export, kept until its blocks are safe at the destination, and merged back if they are not.
+//!
+//! Invariant: a block that was written is in the enabled bitmap, in a disabled one, or in `owed`; nothing leaves
+//! all three before it is acknowledged.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::Instant;
+use vmferry_proto::geometry::{RegionBits, RegionLen};
+use vmferry_proto::ids::RegionId;
+
+use super::disk_io::{ALLOCATION, DiskHandle};
+use super::inventory::{self, BlockNode};
+use super::leftovers;
+use super::names;
+use super::nbd::{NbdError, wire};
+use super::nbd_server::NbdServer;
+use super::qmp::{Qmp, QmpError};
+use crate::error::GuestError;
+use crate::guest::{Settlement, Taken};
+
+/// The disks of mode `copy`.
+#[derive(Debug, Default)]
+pub(super) struct SourceDisks {
+    disks: Vec<SourceDisk>,
+    server: Option<NbdServer>,
+    tracking: bool,
+}
+
+#[derive(Debug)]
+struct SourceDisk {
+    region: RegionId,
+    node: String,
+    len: RegionLen,
+    handle: Arc<DiskHandle>,
+    /// Number of the enabled bitmap.
+    round: u64,
+    /// Whether the first take, of everything, is still to come.
+    untold: bool,
+    /// Taken and not acknowledged.
+    owed: Option<RegionBits>,
+    /// Disabled bitmaps, with the export that still holds each.
+    disabled: Vec<Disabled>,
+}
+
+#[derive(Debug)]
+struct Disabled {
+    bitmap: String,
+    export: Option<String>,
+    /// Whether its blocks are safe, so that it is only to be removed.
+    done: bool,
+}
+
+/// A bitmap's granularity in bytes: fine for the last round's sake, but at most a few MiB of QEMU's memory per bitmap.
+fn granularity(len: RegionLen) -> u64 {
+    const GIB: u64 = 1 << 30;
+    match len.0 {
+        ..=0x10_0000_0000 => 4096,
+        len if len <= 1024 * GIB => 16384,
+        _ => 65536,
+    }
+}
+
+impl SourceDisks {
+    /// One entry a disk: region, node name, name for people, length.
+    pub(super) fn new(disks: Vec<(RegionId, String, String, RegionLen)>) -> Self {
+        let disks = disks
+            .into_iter()
+            .map(|(region, node, name, len)| SourceDisk {
+                region,
+                node,
+                len,
+                handle: Arc::new(DiskHandle::new(&name, len)),
+                round: 0,
+                untold: true,
+                owed: None,
+                disabled: Vec::new(),
+            });
+        Self {
+            disks: disks.collect(),
+            server: None,
+            tracking: false,
+        }
+    }
+
+    pub(super) fn handle(&self, region: RegionId) -> Option<Arc<DiskHandle>> {
+        let disk = self.disks.iter().find(|disk| disk.region == region)?;
+        Some(Arc::clone(&disk.handle))
+    }
+
+    pub(super) fn has(&self, region: RegionId) -> bool {
+        self.disks.iter().any(|disk| disk.region == region)
+    }
+
+    /// Adds a bitmap to each disk, and exports them.
+    pub(super) async fn start(&mut self, qmp: &Qmp) -> Result<(), GuestError> {
+        if self.tracking || self.disks.is_empty() {
+            return Ok(());
+        }
+        self.open(qmp).await?;
+        for disk in &mut self.disks {
+            (disk.untold, disk.owed) = (true, None);
+            disk.disabled.clear();
+            disk.round += 1;
+            let arguments = disk.bitmap_arguments();
+            qmp.execute("block-dirty-bitmap-add", arguments).await?;
+        }
+        self.tracking = true;
+        Ok(())
+    }
+
+    /// Exports all disks for reading, where they are not.
+    pub(super) async fn open(&mut self, qmp: &Qmp) -> Result<(), GuestError> {
+        if self.disks.is_empty() {
+            return Ok(());
+        }
+        let server = match self.server.take() {
+            Some(server) => server,
+            None => NbdServer::start(qmp).await?,
+        };
+        let server = self.server.insert(server);
+        for disk in &self.disks {
+            if !disk.handle.is_open() {
+                let export = names::export(disk.region);
+                server.export(qmp, &export, &disk.node, false).await?;
+                disk.handle
+                    .open(server.connect(&export, &[ALLOCATION]).await?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes the images, so that the flush which a pause brings has little left to do.
+    pub(super) async fn flush_ahead(&self) {
+        for disk in &self.disks {
+            let Ok(nbd) = disk.handle.nbd() else { continue };
+            if let Err(error) = nbd.flush().await {
+                tracing::debug!(%error, node = disk.node, "the flush ahead of the pause failed");
+            }
+        }
+    }
+
+    /// Takes the dirty blocks of `region`. `nodes` is what a paused QEMU said of its bitmaps.
+    pub(super) async fn take(
+        &mut self,
+        qmp: &Qmp,
+        region: RegionId,
+        nodes: Option<&[BlockNode]>,
+    ) -> Result<Taken, GuestError> {
+        if !self.tracking {
+            return Err(GuestError::Refused {
+                command: format!("dirty marks of region {region}"),
+                answer: "disk tracking was not started".to_owned(),
+            });
+        }
+        self.open(qmp).await?;
+        let unknown = || GuestError::Config(format!("region {region} is no disk"));
+        let server = self.server.as_ref().ok_or_else(unknown)?;
+        let disk = self.disks.iter_mut().find(|disk| disk.region == region);
+        let disk = disk.ok_or_else(unknown)?;
+        if disk.untold {
+            return disk.take_everything().await;
+        }
+        let (mut dirty, longest_hold) = if disk.dirty_bytes(qmp, nodes).await? == 0 {
+            (RegionBits::empty(disk.len), Duration::ZERO)
+        } else {
+            disk.rotate(qmp, server, nodes.is_some()).await?
+        };
+        if let Some(owed) = &disk.owed {
+            dirty.union(owed);
+        }
+        disk.owed = (!dirty.is_empty()).then(|| dirty.clone());
+        Ok(Taken {
+            zero: RegionBits::empty(disk.len),
+            dirty,
+            longest_hold,
+        })
+    }
+
+    /// Says what became of the blocks of the last take. While the guest is `paused` QEMU is left alone.
+    pub(super) async fn settle(
+        &mut self,
+        qmp: &Qmp,
+        region: RegionId,
+        outcome: Settlement,
+        paused: bool,
+    ) -> Result<(), GuestError> {
+        let Some(disk) = self.disks.iter_mut().find(|disk| disk.region == region) else {
+            return Ok(());
+        };
+        match outcome {
+            Settlement::Acknowledged => {
+                disk.owed = None;
+                disk.disabled
+                    .iter_mut()
+                    .for_each(|bitmap| bitmap.done = true);
+            }
+            Settlement::PutBack => {}
+        }
+        if paused {
+            return Ok(());
+        }
+        disk.tidy(qmp).await
+    }
+
+    /// Ends all exports and the server. The bitmaps go on recording.
+    pub(super) async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        for disk in &mut self.disks {
+            disk.handle.close();
+            disk.disabled
+                .iter_mut()
+                .for_each(|bitmap| bitmap.export = None);
+        }
+        match self.server.take() {
+            Some(server) => server.stop(qmp).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Removes every trace from QEMU. Idempotent.
+    pub(super) async fn stop(&mut self, qmp: &Qmp) -> Result<(), GuestError> {
+        let closed = self.close(qmp).await;
+        let removed = if self.disks.is_empty() {
+            Ok(())
+        } else {
+            leftovers::remove_bitmaps(qmp).await
+        };
+        self.tracking = false;
+        Ok(closed.and(removed)?)
+    }
+}
+
+impl SourceDisk {
+    fn bitmap_arguments(&self) -> serde_json::Value {
+        json!({
+            "node": self.node, "name": names::bitmap(self.region, self.round),
+            "granularity": granularity(self.len), "persistent": false,
+        })
+    }
+
+    /// The first take: everything is dirty, and what reads as zero is known from the image's map.
+    async fn take_everything(&mut self) -> Result<Taken, GuestError> {
+        let zero = self.handle.zeroes().await?;
+        let dirty = RegionBits::full(self.len);
+        self.owed = Some(dirty.clone());
+        self.untold = false;
+        Ok(Taken {
+            dirty,
+            zero,
+            longest_hold: Duration::ZERO,
+        })
+    }
+
+    /// Dirty bytes in the enabled bitmap.
+    async fn dirty_bytes(&self, qmp: &Qmp, nodes: Option<&[BlockNode]>) -> Result<u64, GuestError> {
+        let asked;
+        let nodes = match nodes {
+            Some(nodes) => nodes,
+            None => {
+                let arguments = json!({ "flat": true });
+                let answer = qmp.execute("query-named-block-nodes", arguments).await?;
+                asked = inventory::block_nodes(&answer)?;
+                &asked
+            }
+        };
+        let name = names::bitmap(self.region, self.round);
+        let node = nodes.iter().find(|node| node.name == self.node);
+        let bitmap = node.and_then(|node| node.bitmaps.iter().find(|(known, _)| *known == name));
+        bitmap.map(|(_, count)| *count).ok_or_else(|| {
+            GuestError::Touched(format!(
+                "bitmap {name} of block node {} is gone: somebody removed it or changed the disk; migrate again",
+                self.node
+            ))
+        })
+    }
+
+    /// Disables the enabled bitmap, adds the next one, and reads the disabled one.
+    async fn rotate(
+        &mut self,
+        qmp: &Qmp,
+        server: &NbdServer,
+        paused: bool,
+    ) -> Result<(RegionBits, Duration), GuestError> {
+        let begun = Instant::now();
+        let old = names::bitmap(self.region, self.round);
+        let export = names::bitmap_export(self.region, self.round);
+        self.round += 1;
+        let actions = json!({ "actions": [
+            { "type": "block-dirty-bitmap-add", "data": self.bitmap_arguments() },
+            { "type": "block-dirty-bitmap-disable", "data": { "node": self.node, "name": old } },
+        ] });
+        let arguments = NbdServer::export_arguments(&export, &self.node, false, Some(&old));
+        let turn = async {
+            let turned = qmp.execute("transaction", actions).await;
+            (turned, begun.elapsed())
+        };
+        // Sent together: QEMU carries them out one after the other.
+        let ((turned, held), exported) =
+            tokio::join!(turn, qmp.execute("block-export-add", arguments));
+        if let Err(error) = turned {
+            if error.had_no_effect() {
+                // Nothing was turned: the old bitmap is still the enabled one.
+                self.round -= 1;
+            } else {
+                self.owed = Some(RegionBits::full(self.len));
+            }
+            return Err(error.into());
+        }
+        self.disabled.push(Disabled {
+            bitmap: old.clone(),
+            export: exported.is_ok().then(|| export.clone()),
+            done: false,
+        });
+        let read = match exported {
+            Ok(_) => self
+                .read_bitmap(server, &export, &old)
+                .await
+                .map_err(GuestError::from),
+            Err(error) => Err(error.into()),
+        };
+        tracing::debug!(node = self.node, round = self.round, elapsed = ?begun.elapsed(), ?held, "rotated a disk's bitmap");
+        match read {
+            Ok(dirty) => {
+                if !paused {
+                    self.end_exports(qmp).await?;
+                }
+                Ok((dirty, held))
+            }
+            Err(error) => {
+                // What the bitmap holds is not known: everything, until it is settled.
+                self.owed = Some(RegionBits::full(self.len));
+                Err(error)
+            }
+        }
+    }
+
+    async fn read_bitmap(
+        &self,
+        server: &NbdServer,
+        export: &str,
+        bitmap: &str,
+    ) -> Result<RegionBits, NbdError> {
+        let context = format!("qemu:dirty-bitmap:{bitmap}");
+        let nbd = server.connect(export, &[&context]).await?;
+        let mut dirty = RegionBits::empty(self.len);
+        let mut at = 0;
+        for extent in nbd.extents(&context, 0, self.len.0).await? {
+            if extent.status & wire::STATUS_DIRTY != 0 {
+                dirty.insert_bytes(at, u64::from(extent.len));
+            }
+            at += u64::from(extent.len);
+        }
+        Ok(dirty)
+    }
+
+    /// Ends the passing exports of disabled bitmaps: a bitmap under export can be neither merged nor removed.
+    async fn end_exports(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        for bitmap in &mut self.disabled {
+            let Some(export) = &bitmap.export else {
+                continue;
+            };
+            delete_export(qmp, export).await?;
+            bitmap.export = None;
+        }
+        Ok(())
+    }
+
+    /// Removes the disabled bitmaps whose blocks are safe, merges the others back.
+    async fn tidy(&mut self, qmp: &Qmp) -> Result<(), GuestError> {
+        self.end_exports(qmp).await?;
+        while let Some(disabled) = self.disabled.last() {
+            let node = &self.node;
+            if !disabled.done {
+                let target = names::bitmap(self.region, self.round);
+                let arguments =
+                    json!({ "node": node, "target": target, "bitmaps": [disabled.bitmap] });
+                qmp.execute("block-dirty-bitmap-merge", arguments).await?;
+            }
+            let arguments = json!({ "node": node, "name": disabled.bitmap });
+            qmp.execute("block-dirty-bitmap-remove", arguments).await?;
+            self.disabled.pop();
+        }
+        Ok(())
+    }
+}
+
+/// Deletes an export and waits until it is gone, which QEMU tells by an event.
+async fn delete_export(qmp: &Qmp, id: &str) -> Result<(), QmpError> {
+    let mut events = qmp.events();
+    let arguments = json!({ "id": id, "mode": "hard" });
+    match qmp.execute("block-export-del", arguments).await {
+        Ok(_) => {}
+        Err(QmpError::Refused { description, .. }) if description.contains("is not found") => {
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    }
+    let gone = async {
+        loop {
+            match events.recv().await {
+                Ok(event) if event.name == "BLOCK_EXPORT_DELETED" && event.data["id"] == id => {
+                    break;
+                }
+                Ok(_) => {}
+                // Some events were lost, or the connection: the list tells.
+                Err(_) => break,
+            }
+        }
+    };
+    // The event is sure to come; the list below is what decides.
+    let _ = tokio::time::timeout(Duration::from_secs(10), gone).await;
+    if inventory::exports(qmp)
+        .await?
+        .iter()
+        .any(|export| export.id == id)
+    {
+        return Err(QmpError::unexpected(
+            "block-export-del",
+            &format!("export {id} is still there"),
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! One QEMU process at the destination, made ready to be filled.
+//!
+//! Owns launch or attach, the comparison with the source's description, memory access, and the writable exports of the disks.
+//! Invariant: whoever fails here leaves no launched process behind.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::UnixStream;
+use tokio::time::Instant;
+use vmferry_proto::ids::RegionId;
+use vmferry_proto::spec::GuestSpec;
+
+use super::describe;
+use super::disk_io::{ALLOCATION, DiskHandle, flush_all};
+use super::inventory::{Layout, Machine, Obstacles};
+use super::leftovers;
+use super::link::Link;
+use super::names;
+use super::nbd_server::NbdServer;
+use super::preflight;
+use super::qmp::{Qmp, QmpError};
+use super::state_file::IncomingFile;
+use super::target_space;
+use crate::config::TargetConfig;
+use crate::error::GuestError;
+use crate::launch::{self, Watched};
+use crate::memory::ProcessMemory;
+use crate::open::TargetOptions;
+
+/// How long a launched QEMU may take until its QMP socket is there: memory may be preallocated.
+const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
+/// Pause between two tries to connect.
+const LAUNCH_POLL: Duration = Duration::from_millis(20);
+
+/// A QEMU with its regions.
+#[derive(Debug)]
+pub(super) struct Copy {
+    pub(super) link: Link,
+    pub(super) memory: ProcessMemory,
+    pub(super) incoming: IncomingFile,
+    /// Its machine type.
+    pub(super) machine: String,
+    disks: Vec<(RegionId, Arc<DiskHandle>)>,
+    server: Option<NbdServer>,
+    launched: Option<Watched>,
+}
+
+impl Copy {
+    /// Launches or attaches, compares with `spec`, and opens all regions.
+    pub(super) async fn make(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+    ) -> Result<Self, GuestError> {
+        let path = config.qmp.as_ref().ok_or_else(|| {
+            GuestError::Config(format!(
+                "guest file of {}: driver \"qemu\" needs `qmp = \"PATH\"`",
+                config.name
+            ))
+        })?;
+        let Some(argv) = &config.launch else {
+            let qmp = Qmp::connect(path).await?;
+            return Self::fit(config, spec, qmp, None).await;
+        };
+        refuse_running(path).await?;
+        let log = options.run_dir.join(format!("{}.qemu.log", config.name));
+        let launched = launch::launch(argv, &log)?;
+        let made = match connect_launched(path, &launched).await {
+            Ok(qmp) => Self::fit(config, spec, qmp, Some(&launched)).await,
+            Err(error) => Err(error),
+        };
+        match made {
+            Ok(mut copy) => {
+                copy.launched = Some(launched);
+                Ok(copy)
+            }
+            Err(error) => {
+                if let Err(left) = launched.kill().await {
+                    tracing::error!(%left, "a QEMU that does not fit was not ended");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn fit(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        qmp: Qmp,
+        launched: Option<&Watched>,
+    ) -> Result<Self, GuestError> {
+        let machine = Machine::of(&qmp).await?;
+        let link = Link::new(qmp, &machine, false)?;
+        let process = link.identity();
+        if let Some(launched) = launched.filter(|launched| *launched.identity() != process) {
+            return Err(GuestError::Config(format!(
+                "guest file of {}: `launch` started process {}, but QEMU is process {}: let the command become QEMU (`exec`), without -daemonize",
+                config.name,
+                launched.identity().pid,
+                process.pid
+            )));
+        }
+        leftovers::remove(&link.qmp, &process).await?;
+        let (layout, obstacles) = tokio::join!(Layout::of(&link.qmp), Obstacles::of(&link.qmp));
+        let (layout, obstacles) = (layout?, obstacles?);
+        check_waiting(&obstacles)?;
+        let shared = describe::shared_disks(&config.disks, &layout)?;
+        let differences = preflight::mismatches(spec, &machine, &layout, &shared);
+        describe::refuse("this QEMU does not fit the guest", &differences)?;
+        target_space::check(spec, &layout, &process)?;
+        let memory = ProcessMemory::attach(&process, describe::memory(spec, &layout))?;
+        let incoming = IncomingFile::hand_over(&link.qmp).await?;
+        let mut copy = Self {
+            link,
+            memory,
+            incoming,
+            machine: machine.kind,
+            disks: Vec::new(),
+            server: None,
+            launched: None,
+        };
+        copy.open_disks(spec, &layout).await?;
+        Ok(copy)
+    }
+
+    /// Exports every disk for writing, and learns which of it reads as zero.
+    async fn open_disks(&mut self, spec: &GuestSpec, layout: &Layout) -> Result<(), GuestError> {
+        let disks = describe::disks(spec, layout);
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let qmp = &self.link.qmp;
+        let server = self.server.insert(NbdServer::start(qmp).await?);
+        for (region, node, name, len) in disks {
+            let export = names::export(region);
+            server.export(qmp, &export, &node, true).await?;
+            let nbd = server.connect(&export, &[ALLOCATION]).await?;
+            if nbd.is_read_only() {
+                return Err(GuestError::Incompatible(format!(
+                    "disk {name} is read-only here: attach it writable"
+                )));
+            }
+            let disk = DiskHandle::new(&name, len);
+            disk.open(nbd)?;
+            disk.learn_zeroes().await?;
+            self.disks.push((region, Arc::new(disk)));
+        }
+        Ok(())
+    }
+
+    pub(super) fn disk(&self, region: RegionId) -> Option<Arc<DiskHandle>> {
+        let found = self.disks.iter().find(|(known, _)| *known == region)?;
+        Some(Arc::clone(&found.1))
+    }
+
+    pub(super) async fn flush_disks(&self) -> Result<(), GuestError> {
+        let disks: Vec<_> = self
+            .disks
+            .iter()
+            .map(|(_, disk)| Arc::clone(disk))
+            .collect();
+        flush_all(&disks).await
+    }
+
+    /// Ends the exports; what was not flushed may be lost.
+    pub(super) async fn close_disks(&mut self) -> Result<(), QmpError> {
+        self.disks.iter().for_each(|(_, disk)| disk.close());
+        match self.server.take() {
+            Some(server) => server.stop(&self.link.qmp).await,
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn is_launched(&self) -> bool {
+        self.launched.is_some()
+    }
+
+    /// Leaves a QEMU that somebody else started as it was found.
+    pub(super) async fn leave(&mut self) -> Result<(), GuestError> {
+        if self.link.check_alive().is_err() {
+            return Ok(());
+        }
+        self.close_disks().await?;
+        let name = serde_json::json!({ "fdname": names::INCOMING });
+        self.link.qmp.execute("closefd", name).await?;
+        Ok(())
+    }
+
+    /// Ends the process. Nothing of it is worth an orderly end: disks were flushed where they count.
+    pub(super) async fn end(&mut self) -> Result<(), GuestError> {
+        self.disks.iter().for_each(|(_, disk)| disk.close());
+        self.server = None;
+        self.link.kill().await
+    }
+}
+
+/// Somebody's QEMU behind the socket of a QEMU that is to be launched would be taken for it.
+async fn refuse_running(path: &Path) -> Result<(), GuestError> {
+    match UnixStream::connect(path).await {
+        Ok(_) => Err(GuestError::Config(format!(
+            "a process listens on {} already: end that QEMU, or remove `launch` from the guest file if it is the one that waits for the guest",
+            path.display()
+        ))),
+        Err(_) => Ok(()),
+    }
+}
+
+async fn connect_launched(path: &Path, launched: &Watched) -> Result<Qmp, GuestError> {
+    let deadline = Instant::now() + LAUNCH_LIMIT;
+    loop {
+        match Qmp::connect(path).await {
+            Ok(qmp) => return Ok(qmp),
+            Err(error @ QmpError::Connect { .. }) if Instant::now() < deadline => {
+                tracing::trace!(%error, "QEMU is not there yet");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            how = launched.ended() => {
+                return Err(GuestError::Gone(format!("the QEMU that was launched did not come up: {how}")));
+            }
+            () = tokio::time::sleep(LAUNCH_POLL) => {}
+        }
+    }
+}
+
+fn check_waiting(obstacles: &Obstacles) -> Result<(), GuestError> {
+    if obstacles.status != "inmigrate" {
+        return Err(GuestError::Incompatible(format!(
+            "this QEMU is in state {}, it does not wait for a guest: start it with `-incoming defer -S`",
+            obstacles.status
+        )));
+    }
+    if let Some(status) = obstacles
+        .migration
+        .as_deref()
+        .filter(|status| *status != "none")
+    {
+        return Err(GuestError::Incompatible(format!(
+            "this QEMU has taken a migration already ({status}): start a fresh one with `-incoming defer -S`"
+        )));
+    }
+    if let Some(export) = obstacles.exports.first() {
+        return Err(GuestError::Incompatible(format!(
+            "block export {} ({}) is in use in this QEMU: end it first",
+            export.id, export.kind
+        )));
+    }
+    Ok(())
+}
