@@ -83,8 +83,8 @@ fn a_guest_reboots_and_then_shuts_down_when_its_command_line_says_so() {
     guest.assert_no_corrupt();
 }
 
-/// A guest with one page or block put back to what it was a moment ago.
-fn quiet_guest(lab: &'static Lab, name: &str) -> Guest {
+/// A guest in which every page and block of a small working set changes soon.
+fn quiet_guest(lab: &'static Lab, name: &str) -> anyhow::Result<Guest> {
     lab.guest(name)
         .memory_mib(RAM_MIB)
         .disk(Disk::raw(16 << 20))
@@ -95,13 +95,12 @@ fn quiet_guest(lab: &'static Lab, name: &str) -> Guest {
             ..small()
         })
         .build()
-        .unwrap()
 }
 
 #[test]
 fn the_judge_finds_a_stale_page_and_a_changed_byte_in_memory() {
     let Some(lab) = Lab::get() else { return };
-    let guest = quiet_guest(lab, "stale-page");
+    let guest = quiet_guest(lab, "stale-page").unwrap();
     let qemu = guest.place("alpha").unwrap().start(Start::Boot).unwrap();
     guest.wait_ready().unwrap();
     let (pid, ram) = (qemu.pid(), RAM_MIB << 20);
@@ -131,7 +130,7 @@ fn the_judge_finds_a_stale_page_and_a_changed_byte_in_memory() {
 #[test]
 fn the_judge_finds_a_stale_block_and_a_lost_one_on_disk() {
     let Some(lab) = Lab::get() else { return };
-    let guest = quiet_guest(lab, "stale-block");
+    let guest = quiet_guest(lab, "stale-block").unwrap();
     let place = guest.place("alpha").unwrap();
     let _qemu = place.start(Start::Boot).unwrap();
     guest.wait_ready().unwrap();
@@ -140,24 +139,24 @@ fn the_judge_finds_a_stale_block_and_a_lost_one_on_disk() {
         .write(true)
         .open(place.image(0))
         .unwrap();
-    let read = |block: u64| {
+    let read = |block: usize| {
         let mut bytes = vec![0; PAGE];
         image
-            .read_exact_at(&mut bytes, block * PAGE as u64)
+            .read_exact_at(&mut bytes, (block * PAGE) as u64)
             .unwrap();
         bytes
     };
     let old: Vec<_> = (0..512).map(read).collect();
     let changed = loop {
         thread::sleep(Duration::from_millis(20));
-        if let Some(block) = (0..512).find(|&block| read(block) != old[block as usize]) {
+        if let Some(block) = (0..512).find(|&block| read(block) != old[block]) {
             break block;
         }
     };
     guest.set_disk_rate(0).unwrap();
     guest.verify_now().unwrap();
     image
-        .write_all_at(&old[changed as usize], changed * PAGE as u64)
+        .write_all_at(&old[changed], (changed * PAGE) as u64)
         .unwrap();
     let error = format!("{:#}", guest.verify_now().unwrap_err());
     assert!(error.contains(&format!("vda block {changed}: ")), "{error}");
@@ -169,7 +168,9 @@ fn the_judge_finds_a_stale_block_and_a_lost_one_on_disk() {
         .unwrap();
     let mut bytes = read(untouched);
     bytes[4095] ^= 0x80;
-    image.write_all_at(&bytes, untouched * PAGE as u64).unwrap();
+    image
+        .write_all_at(&bytes, (untouched * PAGE) as u64)
+        .unwrap();
     guest.ask("verify").unwrap();
     let error = format!("{:#}", guest.check_no_corrupt().unwrap_err());
     assert!(

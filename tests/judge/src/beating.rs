@@ -38,16 +38,23 @@ pub(crate) fn start(port: File, boot: u64, interval: Duration, report: Arc<Repor
     let interval = u64::try_from(interval.as_nanos()).unwrap_or(NANOS);
     thread::spawn(move || {
         setup::be_nice(FIRST);
-        if let Err(error) = beat(port, boot, interval, &count) {
+        if let Err(error) = beat(port, boot, interval, &count, &report) {
             report.corrupt(&format!("beats ended: {error}"));
         }
     });
     Beats { sent }
 }
 
-fn beat(mut port: File, boot: u64, interval: u64, sent: &AtomicU64) -> std::io::Result<()> {
+fn beat(
+    mut port: File,
+    boot: u64,
+    interval: u64,
+    sent: &AtomicU64,
+    report: &Report,
+) -> std::io::Result<()> {
     let mut due = now();
     for sequence in 0.. {
+        let working = report.working();
         let guest_nanos = now();
         let beat = Beat {
             boot,
@@ -56,6 +63,7 @@ fn beat(mut port: File, boot: u64, interval: u64, sent: &AtomicU64) -> std::io::
         };
         // One write is one buffer of the port: the host gets it whole or not yet.
         port.write_all(&beat.encode())?;
+        drop(working);
         sent.store(sequence + 1, Ordering::Relaxed);
         due = (due + interval).max(guest_nanos + interval / 2);
         sleep_until(due)?;

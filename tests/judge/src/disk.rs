@@ -107,6 +107,7 @@ impl Disk {
             return;
         }
         loop {
+            let working = report.working();
             match orders.try_recv() {
                 Ok(Order::Verify(answer)) => self.verify_all(report, &answer),
                 Ok(Order::Rate(rate)) => self.write.set_rate(rate),
@@ -115,6 +116,7 @@ impl Disk {
             }
             self.write_due(report);
             self.check_due(report);
+            drop(working);
             thread::sleep(TICK);
         }
     }

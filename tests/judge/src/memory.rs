@@ -60,6 +60,7 @@ impl Memory {
             return;
         }
         loop {
+            let working = report.working();
             match orders.try_recv() {
                 Ok(Order::Verify(answer)) => self.verify_all(report, &answer),
                 Ok(Order::Rate(rate)) => self.dirty.set_rate(rate),
@@ -68,6 +69,7 @@ impl Memory {
             }
             self.rewrite_due(report);
             self.check_due(report);
+            drop(working);
             thread::sleep(TICK);
         }
     }

@@ -6,7 +6,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use vmferry_judge::params::ParamError;
 
@@ -45,6 +45,7 @@ pub(crate) struct Report {
     control: Mutex<File>,
     corrupt: AtomicU64,
     ending: AtomicBool,
+    work: RwLock<()>,
     workers: Mutex<Vec<Counters>>,
 }
 
@@ -57,6 +58,7 @@ impl Report {
             control: Mutex::new(control),
             corrupt: AtomicU64::new(0),
             ending: AtomicBool::new(false),
+            work: RwLock::new(()),
             workers: Mutex::new(Vec::new()),
         })
     }
@@ -67,16 +69,20 @@ impl Report {
         self.tell(&format!("ready {boot:016x}"));
     }
 
-    /// From now on the kernel takes the devices away: what fails is no news.
-    pub(crate) fn set_ending(&self, ending: bool) {
-        self.ending.store(ending, Ordering::Relaxed);
+    /// Held during each piece of work that uses a device.
+    pub(crate) fn working(&self) -> RwLockReadGuard<'_, ()> {
+        self.work.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the work in progress and lets no other begin while this is held: the kernel takes the devices away
+    /// under a running program, and their errors would look like faults.
+    pub(crate) fn stop_work(&self) -> RwLockWriteGuard<'_, ()> {
+        self.ending.store(true, Ordering::Relaxed);
+        self.work.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Something is not as it must be.
     pub(crate) fn corrupt(&self, text: &str) {
-        if self.ending.load(Ordering::Relaxed) {
-            return;
-        }
         if self.corrupt.fetch_add(1, Ordering::Relaxed) < DETAILED {
             println!("judge: CORRUPT: {text}");
             self.tell(&format!("CORRUPT {text}"));

@@ -103,11 +103,9 @@ pub(crate) fn be_nice(value: i32) {
 
 /// Ends the guest; returns only if that failed.
 pub(crate) fn end(how: RebootCommand, report: &Report) -> Result<(), Failure> {
+    let _stopped = report.stop_work();
     rustix::fs::sync();
-    report.set_ending(true);
-    let ended = reboot(how);
-    report.set_ending(false);
-    ended.map_err(|e| Failure::of("reboot", e))
+    reboot(how).map_err(|e| Failure::of("reboot", e))
 }
 
 fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
