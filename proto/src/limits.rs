@@ -1,7 +1,6 @@
 //! The named cap of every length, count, index and string that a peer can send, each with its reason.
 
-/// Longest control message: room for the digests of a piece and for a guest of 1,024 regions. Decoding one allocates at
-/// most about 48 times its bytes for a moment (empty list members), then the caps on lists refuse it.
+/// Longest control message: room for the digests of a piece and for a guest of 1,024 regions.
 pub const MAX_CONTROL_MESSAGE: usize = 1 << 20;
 /// Longest detail of an error.
 pub const MAX_DETAIL: usize = 4096;

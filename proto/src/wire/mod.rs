@@ -6,6 +6,7 @@
 //! A message that left this module is within every cap of [`crate::limits`]; a length is checked before anything is
 //! allocated for it; and what this side is about to send passes the same door first.
 
+mod lists;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -113,10 +114,13 @@ pub struct WireEncodeError(#[source] pub WireDecodeError);
 
 mod sealed {
     use super::WireDecodeError;
+    use super::lists::Field;
 
     /// How a typed message and its schema type become each other.
     pub trait Door: Sized {
         type Schema: prost::Message + Default;
+        /// The lists of the schema type, to be counted before it is decoded.
+        const LISTS: &'static [Field];
         fn to_schema(&self) -> Self::Schema;
         fn from_schema(schema: Self::Schema) -> Result<Self, WireDecodeError>;
     }
@@ -190,6 +194,7 @@ pub fn decode_body<M: ControlMessage>(body: &[u8]) -> Result<M, WireDecodeError>
             len: body.len() as u64,
         });
     }
+    lists::check(body, M::LISTS)?;
     let schema = M::Schema::decode(body).map_err(WireDecodeError::Undecodable)?;
     M::from_schema(schema)
 }

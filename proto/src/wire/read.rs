@@ -1,5 +1,6 @@
 //! Schema type to typed message: every cap, every unknown value, every missing member is refused here.
 
+use super::lists::{self, Field};
 use super::schema::{self, outcome, to_destination, to_source};
 use super::sealed::Door;
 use super::{WireDecodeError, write};
@@ -21,6 +22,7 @@ type Read<T> = Result<T, WireDecodeError>;
 
 impl Door for ToDestination {
     type Schema = schema::ToDestination;
+    const LISTS: &'static [Field] = lists::TO_DESTINATION;
 
     fn to_schema(&self) -> Self::Schema {
         write::to_destination(self)
@@ -58,6 +60,7 @@ impl Door for ToDestination {
 
 impl Door for ToSource {
     type Schema = schema::ToSource;
+    const LISTS: &'static [Field] = lists::TO_SOURCE;
 
     fn to_schema(&self) -> Self::Schema {
         write::to_source(self)

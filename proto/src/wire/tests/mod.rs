@@ -89,6 +89,79 @@ fn the_decoder_holds_no_more_than_has_come() {
     assert_eq!(decoder.finish(), Err(WireDecodeError::Truncated));
 }
 
+/// `[WIRE-40]`: a list above its cap is refused on the bytes, before its entries are made.
+#[test]
+fn lists_are_counted_before_they_are_decoded() {
+    let many = |field: u8, count: usize| [field << 3 | 2, 0].repeat(count);
+    let within = |field: u8, inner: Vec<u8>| {
+        let mut bytes = vec![field << 3 | 2];
+        prost::encoding::encode_varint(inner.len() as u64, &mut bytes);
+        bytes.extend(inner);
+        bytes
+    };
+    let entries = MAX_CONTROL_MESSAGE / 2 - 16;
+    for (body, field, fields) in [
+        (
+            within(5, many(2, entries)),
+            "digests.windows",
+            lists::TO_SOURCE,
+        ),
+        (
+            within(2, many(1, entries)),
+            "ready.incarnations",
+            lists::TO_SOURCE,
+        ),
+        (
+            within(2, within(2, many(2, entries))),
+            "resume.lanes",
+            lists::TO_SOURCE,
+        ),
+        (
+            within(3, many(1, entries)),
+            "progress.lanes",
+            lists::TO_SOURCE,
+        ),
+        (within(1, many(3, entries)), "features", lists::TO_SOURCE),
+        (
+            within(2, within(1, many(9, entries))),
+            "spec.regions",
+            lists::TO_DESTINATION,
+        ),
+        (
+            within(2, within(1, many(10, entries))),
+            "spec.shared_disks",
+            lists::TO_DESTINATION,
+        ),
+        (
+            within(2, within(1, many(11, entries))),
+            "spec.devices",
+            lists::TO_DESTINATION,
+        ),
+        (
+            within(4, many(3, entries)),
+            "final.verify",
+            lists::TO_DESTINATION,
+        ),
+        (
+            within(1, many(3, entries)),
+            "features",
+            lists::TO_DESTINATION,
+        ),
+        (many(2, entries), "offer", lists::TO_DESTINATION),
+        (
+            [within(5, Vec::new()), within(5, Vec::new())].concat(),
+            "digests",
+            lists::TO_SOURCE,
+        ),
+    ] {
+        let refused = lists::check(&body, fields);
+        assert!(
+            matches!(refused, Err(Length { field: name, .. }) if name == field),
+            "{field}: {refused:?}"
+        );
+    }
+}
+
 #[test]
 fn an_empty_message_is_refused() {
     let missing = Missing { field: "message" };
