@@ -52,7 +52,7 @@ pub enum CompressMode {
 
 /// Text that is no compression mode.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a way to compress: use auto, off, or a zstd level from -7 to 19")]
+#[error("{0:?} is not a way to compress: use auto, off, or a zstd level from -7 to 19 without 0")]
 pub struct CompressModeError(String);
 
 impl FromStr for CompressMode {
@@ -65,7 +65,7 @@ impl FromStr for CompressMode {
             level => level
                 .parse()
                 .ok()
-                .filter(|level| LEVELS.contains(level))
+                .filter(|level| *level != 0 && LEVELS.contains(level))
                 .map(Self::Level)
                 .ok_or_else(|| CompressModeError(text.chars().take(80).collect())),
         }

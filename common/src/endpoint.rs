@@ -199,33 +199,33 @@ pub struct HostPort {
 
 /// Text that is not `HOST:PORT`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not HOST:PORT: write it as in beta:4747, 192.0.2.7:4747 or [2001:db8::7]:4747")]
+#[error("{0:?} is not HOST:PORT: write it as in beta:7447, 192.0.2.7:7447 or [2001:db8::7]:7447")]
 pub struct HostPortError(String);
 
 impl FromStr for HostPort {
     type Err = HostPortError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let error = || HostPortError(text.chars().take(80).collect());
-        let (host, port) = text.rsplit_once(':').ok_or_else(error)?;
-        let port = port
-            .parse()
-            .ok()
-            .filter(|port| *port != 0)
-            .ok_or_else(error)?;
-        let bracketed = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-        let fits = match bracketed {
-            Some(inner) => inner.parse::<Ipv6Addr>().is_ok(),
-            None => !host.contains(':') && ServerName::try_from(host).is_ok(),
-        };
-        if !fits {
-            return Err(error());
-        }
-        Ok(Self {
-            host: bracketed.unwrap_or(host).to_owned(),
-            port,
-        })
+        parse_host_port(text).ok_or_else(|| HostPortError(text.chars().take(80).collect()))
     }
+}
+
+fn parse_host_port(text: &str) -> Option<HostPort> {
+    let (host, port) = text.rsplit_once(':')?;
+    // `u16::from_str` takes a sign.
+    if !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    let port = port.parse().ok().filter(|port| *port != 0)?;
+    let bracketed = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
+    let host = match bracketed {
+        Some(address) => address.parse::<Ipv6Addr>().ok()?.to_string(),
+        None => {
+            let plain = !host.contains(':') && ServerName::try_from(host).is_ok();
+            plain.then(|| host.to_owned())?
+        }
+    };
+    Some(HostPort { host, port })
 }
 
 impl fmt::Display for HostPort {

@@ -15,6 +15,7 @@ pub mod journal;
 pub mod lanes;
 pub mod link;
 pub mod local;
+pub mod ownership;
 pub mod pace;
 pub mod phase;
 pub mod process;

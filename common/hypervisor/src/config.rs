@@ -4,11 +4,11 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use vmferry_proto::ids::GuestName;
 
 /// Guest file at the source.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
     /// Name of the guest.
@@ -25,7 +25,7 @@ pub struct SourceConfig {
 }
 
 /// Guest file at the destination.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetConfig {
     /// Name of the guest.
@@ -47,7 +47,7 @@ pub struct TargetConfig {
 }
 
 /// What is done with a disk.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// Node name of the disk.
@@ -57,7 +57,7 @@ pub struct DiskConfig {
 }
 
 /// Copied, or reached by both hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskMode {
     /// Copied to the destination's image.
@@ -67,7 +67,7 @@ pub enum DiskMode {
 }
 
 /// The drivers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DriverKind {
     /// QEMU, over QMP and NBD.

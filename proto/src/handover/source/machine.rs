@@ -186,6 +186,12 @@ impl SourceHandover {
         )
     }
 
+    /// Whether no attempt is under way and the migration is not over.
+    #[must_use]
+    pub const fn is_copying(&self) -> bool {
+        matches!(self.state, State::Copying { .. })
+    }
+
     /// Whether only the destination's register can settle who runs the guest (`[HAND-4]`).
     #[must_use]
     pub const fn is_in_doubt(&self) -> bool {
