@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use vmferry_common::compress::CompressMode;
+use vmferry_common::endpoint::HostPort;
 use vmferry_common::telemetry::LogArgs;
 use vmferry_common::units::{Rate, parse_duration, parse_rate};
 use vmferry_proto::ids::GuestName;
@@ -19,7 +21,7 @@ use vmferry_proto::limits::{DEFAULT_LANES, MAX_CONNECTIONS, MAX_LANES};
 
 use crate::policy::{Cutover, OnStall};
 
-pub use options::{Compress, HostPort, MigrateOptions, UsageError, Verify};
+pub use options::{MigrateOptions, UsageError, Verify};
 
 /// Exit code of wrong usage or configuration (clap's own, too).
 pub const EXIT_USAGE: u8 = 2;
@@ -184,7 +186,7 @@ pub struct MigrateArgs {
         default_value = "auto",
         allow_negative_numbers = true
     )]
-    pub compress: Compress,
+    pub compress: CompressMode,
     /// How much of the copy is compared by digest while the guest is paused, before the decision.
     ///
     /// `full` reads every byte on both sides and lengthens the downtime by about a second per GiB, which --max-downtime

@@ -5,3 +5,13 @@ pub mod explain;
 pub mod policy;
 pub mod progress;
 pub mod report;
+
+pub mod command;
+pub mod error;
+pub mod lanes;
+pub mod local;
+pub mod migrate;
+pub mod run;
+pub mod saved;
+pub mod session;
+pub mod words;

@@ -2,27 +2,25 @@
 //!
 //! Owns the rules that one argument alone cannot show, and the reading of the guest file.
 
-use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
+use vmferry_common::compress::CompressMode;
+use vmferry_common::endpoint::HostPort;
 use vmferry_common::units::{Rate, Span};
 use vmferry_hypervisor::config::{DriverKind, SourceConfig};
 use vmferry_proto::ids::GuestName;
+use vmferry_proto::limits::DEFAULT_LANES;
 
 use super::{DEFAULT_GUESTS, MigrateArgs};
-use crate::policy::Limits;
+use crate::policy::{Cutover, Limits, OnStall};
 
 /// Longest duration that is taken: adding it to any clock cannot overflow, and nobody means more.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Longest downtime that is taken; longer is a cold migration.
 const LONGEST_DOWNTIME: Duration = Duration::from_secs(3600);
-/// Lowest and highest zstd level: above 19 each frame would need over 100 MiB.
-const LEVELS: std::ops::RangeInclusive<i32> = -7..=19;
 /// A guest file is some lines; more is another file.
 const MAX_GUEST_FILE: u64 = 1 << 20;
 
@@ -48,23 +46,11 @@ pub struct MigrateOptions {
     /// QUIC connections.
     pub connections: u8,
     /// Compression.
-    pub compress: Compress,
+    pub compress: CompressMode,
     /// How much is compared before the decision.
     pub verify: Verify,
     /// Whether the result goes to stdout as a JSON object.
     pub json: bool,
-}
-
-/// How data is compressed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub enum Compress {
-    /// Where it makes the copy faster.
-    #[default]
-    Auto,
-    /// Never.
-    Off,
-    /// Always, at this zstd level.
-    Level(i32),
 }
 
 /// How much of the copy is compared by digest while the guest is paused.
@@ -90,23 +76,6 @@ pub enum Verify {
     /// Every region, whole.
     Full,
 }
-
-/// A host, by name or address, and a UDP port.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct HostPort {
-    host: String,
-    port: u16,
-}
-
-/// Text that is not `HOST:PORT`.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not HOST:PORT: write it as in beta:7447, 192.0.2.7:7447 or [2001:db8::7]:7447")]
-pub struct InvalidHostPort(String);
-
-/// Text that is not a way to compress.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not auto, off or a zstd level from -7 to 19 without 0")]
-pub struct InvalidCompress(String);
 
 /// Arguments or a guest file that cannot be used. Exit code 2; nothing was touched.
 #[derive(Debug, thiserror::Error)]
@@ -188,6 +157,39 @@ fn hint(source: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => ": there is none; create it, or use --qmp PATH with --name NAME",
         io::ErrorKind::PermissionDenied => ": vmferry-src usually runs as root",
         _ => "",
+    }
+}
+
+impl MigrateOptions {
+    /// What finishing an earlier agent's migration needs; nothing is copied with these.
+    #[must_use]
+    pub fn to_recover(
+        guest: SourceConfig,
+        to: HostPort,
+        identity: PathBuf,
+        state: PathBuf,
+        hooks: PathBuf,
+    ) -> Self {
+        Self {
+            guest,
+            to,
+            identity,
+            state,
+            hooks,
+            limits: Limits {
+                max_downtime: LONGEST_DOWNTIME,
+                pause_timeout: None,
+                timeout: LONGEST,
+                on_stall: OnStall::Abort,
+                cutover: Cutover::Auto,
+            },
+            max_bandwidth: None,
+            lanes: DEFAULT_LANES,
+            connections: 1,
+            compress: CompressMode::Auto,
+            verify: Verify::Off,
+            json: false,
+        }
     }
 }
 
@@ -308,88 +310,4 @@ pub(super) fn load(path: &Path) -> Result<SourceConfig, UsageError> {
         driver,
         key,
     })
-}
-
-impl HostPort {
-    /// Name or address, without brackets: what the destination's certificate must bear.
-    #[must_use]
-    pub fn host(&self) -> &str {
-        &self.host
-    }
-
-    /// UDP port.
-    #[must_use]
-    pub const fn port(&self) -> u16 {
-        self.port
-    }
-}
-
-impl FromStr for HostPort {
-    type Err = InvalidHostPort;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        parse_host_port(text).ok_or_else(|| InvalidHostPort(text.chars().take(80).collect()))
-    }
-}
-
-fn parse_host_port(text: &str) -> Option<HostPort> {
-    let (host, port) = text.rsplit_once(':')?;
-    // `u16::from_str` takes a sign.
-    if !port.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let port = port.parse().ok().filter(|port| *port != 0)?;
-    let bracketed = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
-    let host = match bracketed {
-        Some(address) => address.parse::<Ipv6Addr>().ok().map(|a| a.to_string())?,
-        None => Some(host).filter(|host| is_host(host))?.to_owned(),
-    };
-    Some(HostPort { host, port })
-}
-
-/// An IPv4 address or a DNS name, as far as its letters go.
-fn is_host(host: &str) -> bool {
-    let label = |label: &str| {
-        (1..=63).contains(&label.len())
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
-            && !label.starts_with('-')
-            && !label.ends_with('-')
-    };
-    host.len() <= 253 && host.split('.').all(label)
-}
-
-impl fmt::Display for HostPort {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.host.parse::<IpAddr>() {
-            Ok(IpAddr::V6(address)) => write!(f, "[{address}]:{}", self.port),
-            Ok(IpAddr::V4(_)) | Err(_) => write!(f, "{}:{}", self.host, self.port),
-        }
-    }
-}
-
-impl FromStr for Compress {
-    type Err = InvalidCompress;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "off" => Ok(Self::Off),
-            level => match level.parse() {
-                Ok(level) if level != 0 && LEVELS.contains(&level) => Ok(Self::Level(level)),
-                Ok(_) | Err(_) => Err(InvalidCompress(text.chars().take(80).collect())),
-            },
-        }
-    }
-}
-
-impl fmt::Display for Compress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Off => f.write_str("off"),
-            Self::Level(level) => write!(f, "{level}"),
-        }
-    }
 }

@@ -8,7 +8,9 @@ use vmferry_common::units::Rate;
 use vmferry_hypervisor::config::{DiskMode, DriverKind};
 
 use super::options::{guest_file, load};
-use super::{Cli, Command, Compress, HostPort, MigrateArgs, MigrateOptions, UsageError, Verify};
+use super::{
+    Cli, Command, CompressMode, HostPort, MigrateArgs, MigrateOptions, UsageError, Verify,
+};
 use crate::policy::{Cutover, OnStall};
 
 const BY_SOCKET: &str = "migrate --qmp /run/q.sock --name web-1 --to beta:7447";
@@ -48,7 +50,7 @@ fn defaults_are_those_of_the_manual() {
     assert_eq!(options.limits.on_stall, OnStall::Abort);
     assert_eq!(options.limits.cutover, Cutover::Auto);
     assert_eq!((options.lanes, options.connections), (16, 1));
-    assert_eq!(options.compress, Compress::Auto);
+    assert_eq!(options.compress, CompressMode::Auto);
     assert_eq!(options.verify, Verify::Off);
     assert_eq!(options.max_bandwidth, None);
     assert!(!options.json);
@@ -68,7 +70,7 @@ fn every_option_reaches_the_engine() {
     assert_eq!(options.limits.on_stall, OnStall::Force);
     assert_eq!(options.max_bandwidth, Some(Rate(125_000_000)));
     assert_eq!((options.lanes, options.connections), (32, 4));
-    assert_eq!(options.compress, Compress::Level(3));
+    assert_eq!(options.compress, CompressMode::Level(3));
     assert_eq!(options.verify, Verify::Full);
     assert_eq!(options.hooks, PathBuf::from("/h"));
     assert_eq!(options.identity, PathBuf::from("/i"));
@@ -149,11 +151,11 @@ fn combinations_that_make_no_sense_are_refused_with_both_values() {
 #[test]
 fn compress_takes_words_and_levels() {
     for (text, expected) in [
-        ("auto", Compress::Auto),
-        ("off", Compress::Off),
-        ("1", Compress::Level(1)),
-        ("19", Compress::Level(19)),
-        ("-7", Compress::Level(-7)),
+        ("auto", CompressMode::Auto),
+        ("off", CompressMode::Off),
+        ("1", CompressMode::Level(1)),
+        ("19", CompressMode::Level(19)),
+        ("-7", CompressMode::Level(-7)),
     ] {
         assert_eq!(
             options(&format!("--compress {text}")).unwrap().compress,
@@ -173,7 +175,7 @@ fn destinations_are_names_or_addresses_with_a_port() {
         ("[2001:0DB8:0::7]:7447", "2001:db8::7", 7447),
     ] {
         let parsed: HostPort = text.parse().unwrap();
-        assert_eq!((parsed.host(), parsed.port()), (host, port));
+        assert_eq!((parsed.host.as_str(), parsed.port), (host, port));
         assert_eq!(parsed.to_string().parse(), Ok(parsed));
     }
     for bad in [

@@ -1,0 +1,339 @@
+//! The data lanes: one task each, from a frame's description to its bytes on the wire.
+//!
+//! Owns reading, encoding and sending of the frames that the engine has decided on, in their order. A
+//! lane holds one frame at a time, so memory is bounded by the number of lanes. Guest memory is copied
+//! into a buffer of the lane's before anything else looks at it: what QUIC may have to send again must
+//! not change under it. Owns neither the ledger nor any decision.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder};
+use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
+use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
+use vmferry_common::pace::Pacer;
+use vmferry_hypervisor::{GuestError, RegionReader};
+use vmferry_proto::frame::FrameHeader;
+use vmferry_proto::geometry::{RegionLen, WindowRef};
+use vmferry_proto::ids::Lane;
+use vmferry_proto::ledger::FrameJob;
+
+/// Frames waiting at a lane. Enough that a lane never idles while the engine looks at its neighbours;
+/// they are descriptions only, the data is read when their turn comes.
+const QUEUE: usize = 8;
+
+/// Why a lane stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The guest could not be read.
+    #[error("reading {what}")]
+    Read {
+        /// Region and window.
+        what: String,
+        /// Why.
+        #[source]
+        source: GuestError,
+    },
+    /// The connection does not take it.
+    #[error("sending")]
+    Send(#[from] StreamError),
+    /// The frame could not be encoded.
+    #[error("encoding a frame")]
+    Encode(#[from] CodecError),
+}
+
+impl LaneError {
+    /// Whether this is a matter of the guest, which no new connection mends.
+    #[must_use]
+    pub const fn is_guest(&self) -> bool {
+        matches!(self, Self::Read { .. })
+    }
+}
+
+/// What all lanes of a migration have done so far, and the choice of compression that follows from it. The
+/// counters are read without a lock; the policy is asked once a frame.
+#[derive(Debug)]
+pub struct LaneCounters {
+    wire_bytes: AtomicU64,
+    zero_blocks: AtomicU64,
+    raw_bytes: AtomicU64,
+    waited_ns: AtomicU64,
+    began: Instant,
+    compress: Mutex<(CompressPolicy, Mark)>,
+}
+
+/// The counters at the end of the last interval that the policy was told of.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    at: Duration,
+    raw_bytes: u64,
+    wire_bytes: u64,
+    waited_ns: u64,
+}
+
+impl LaneCounters {
+    /// Nothing done yet; frames are compressed as `mode` says.
+    #[must_use]
+    pub fn new(mode: CompressMode) -> Self {
+        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let policy = CompressPolicy::new(mode, u32::try_from(workers).unwrap_or(u32::MAX));
+        Self {
+            wire_bytes: AtomicU64::new(0),
+            zero_blocks: AtomicU64::new(0),
+            raw_bytes: AtomicU64::new(0),
+            waited_ns: AtomicU64::new(0),
+            began: Instant::now(),
+            compress: Mutex::new((policy, Mark::default())),
+        }
+    }
+
+    /// Tells the compression policy what happened since the last call, with `lanes` lanes at work.
+    pub fn tick(&self, lanes: usize) {
+        let now = Mark {
+            at: self.began.elapsed(),
+            raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
+            wire_bytes: self.wire(),
+            waited_ns: self.waited_ns.load(Ordering::Relaxed),
+        };
+        let mut compress = self.compress();
+        let (policy, last) = &mut *compress;
+        let elapsed = now.at.saturating_sub(last.at);
+        let waited = Duration::from_nanos(now.waited_ns - last.waited_ns).as_secs_f64();
+        let lane_time = elapsed.as_secs_f64() * f64::from(u32::try_from(lanes.max(1)).unwrap_or(1));
+        let interval = Interval {
+            elapsed,
+            raw_bytes: now.raw_bytes - last.raw_bytes,
+            wire_bytes: now.wire_bytes - last.wire_bytes,
+            link_wait: if lane_time > 0.0 {
+                (waited / lane_time).min(1.0)
+            } else {
+                0.0
+            },
+        };
+        policy.on_interval(now.at, &interval);
+        *last = now;
+    }
+
+    fn compress(&self) -> MutexGuard<'_, (CompressPolicy, Mark)> {
+        self.compress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of headers and payloads handed to the transport.
+    #[must_use]
+    pub fn wire(&self) -> u64 {
+        self.wire_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Blocks sent as zero.
+    #[must_use]
+    pub fn zero(&self) -> u64 {
+        self.zero_blocks.load(Ordering::Relaxed)
+    }
+}
+
+/// A frame to send and where its bytes are.
+#[derive(Debug)]
+pub struct LaneJob {
+    /// What the ledger decided.
+    pub frame: FrameJob,
+    /// Length of its region.
+    pub len: RegionLen,
+    /// Reader of its region.
+    pub reader: Arc<dyn RegionReader>,
+}
+
+/// A lane failed: told to the engine once.
+#[derive(Debug)]
+pub struct LaneFailed {
+    /// Which.
+    pub lane: Lane,
+    /// Why.
+    pub error: LaneError,
+}
+
+/// All lanes of a session. Dropping them ends their tasks.
+#[derive(Debug)]
+pub struct Lanes {
+    handles: Vec<LaneHandle>,
+    moved: Arc<Notify>,
+}
+
+/// A lane's queue and task.
+#[derive(Debug)]
+pub struct LaneHandle {
+    queue: mpsc::Sender<LaneJob>,
+    /// Frames queued or at work.
+    pending: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl Lanes {
+    /// Starts a task for each stream.
+    #[must_use]
+    pub fn start(
+        senders: Vec<LaneSender>,
+        pacer: &Pacer,
+        counters: &Arc<LaneCounters>,
+        failed: &mpsc::UnboundedSender<LaneFailed>,
+    ) -> Self {
+        let moved = Arc::new(Notify::new());
+        let start = |sender: LaneSender| {
+            let (queue, jobs) = mpsc::channel(QUEUE);
+            let pending = Arc::new(AtomicUsize::new(0));
+            let worker = Worker {
+                lane: sender.lane(),
+                sender,
+                encoder: Encoder::new(),
+                pacer: pacer.clone(),
+                counters: counters.clone(),
+                pending: pending.clone(),
+                moved: moved.clone(),
+                raw: Vec::new(),
+            };
+            let task = tokio::spawn(worker.run(jobs, failed.clone()));
+            LaneHandle {
+                queue,
+                pending,
+                task,
+            }
+        };
+        let handles = senders.into_iter().map(start).collect();
+        Self { handles, moved }
+    }
+
+    /// The lanes, by number.
+    #[must_use]
+    pub fn handles(&self) -> &[LaneHandle] {
+        &self.handles
+    }
+
+    /// Whether any lane has a frame queued or at work.
+    #[must_use]
+    pub fn are_busy(&self) -> bool {
+        self.handles
+            .iter()
+            .any(|lane| lane.pending.load(Ordering::Acquire) > 0)
+    }
+
+    /// Notified after a lane has finished a frame.
+    #[must_use]
+    pub fn moved(&self) -> Arc<Notify> {
+        self.moved.clone()
+    }
+}
+
+impl LaneHandle {
+    /// Whether the queue takes another frame.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.queue.capacity() > 0
+    }
+
+    /// Queues a frame. Returns whether the lane took it: only where it [`has_room`](Self::has_room) and its task lives.
+    #[must_use]
+    pub fn push(&self, job: LaneJob) -> bool {
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        let taken = self.queue.try_send(job).is_ok();
+        if !taken {
+            self.pending.fetch_sub(1, Ordering::AcqRel);
+        }
+        taken
+    }
+}
+
+impl Drop for LaneHandle {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Worker {
+    lane: Lane,
+    sender: LaneSender,
+    encoder: Encoder,
+    pacer: Pacer,
+    counters: Arc<LaneCounters>,
+    pending: Arc<AtomicUsize>,
+    moved: Arc<Notify>,
+    raw: Vec<u8>,
+}
+
+impl Worker {
+    async fn run(
+        mut self,
+        mut jobs: mpsc::Receiver<LaneJob>,
+        failed: mpsc::UnboundedSender<LaneFailed>,
+    ) {
+        while let Some(job) = jobs.recv().await {
+            if let Err(error) = self.send(&job).await {
+                // The engine may be gone: then nobody wants to know.
+                let _ = failed.send(LaneFailed {
+                    lane: self.lane,
+                    error,
+                });
+                return;
+            }
+            self.pending.fetch_sub(1, Ordering::AcqRel);
+            self.moved.notify_one();
+        }
+    }
+
+    async fn send(&mut self, job: &LaneJob) -> Result<(), LaneError> {
+        let LaneJob { frame, len, reader } = job;
+        let wanted = frame.blocks.minus(&frame.known_zero);
+        let bytes = len.bytes_of(frame.window, &wanted) as usize;
+        self.raw.resize(bytes, 0);
+        if bytes > 0 {
+            let runs = len.runs(frame.window, &wanted);
+            reader
+                .read(&runs, &mut self.raw)
+                .await
+                .map_err(|source| LaneError::Read {
+                    what: format!("window {} of region {}", frame.window.0, frame.region),
+                    source,
+                })?;
+        }
+        let blocks = Blocks {
+            window: WindowRef {
+                region: frame.region,
+                window: frame.window,
+            },
+            region: *len,
+            read: wanted,
+            known_zero: frame.known_zero,
+            bytes: &self.raw,
+        };
+        let level = self.counters.compress().0.next_level();
+        let encoded = self.encoder.encode(&blocks, level)?;
+        if let Some(time) = encoded.compress_time {
+            let mut compress = self.counters.compress();
+            compress
+                .0
+                .on_compressed(encoded.raw_len, encoded.payload.len(), time);
+        }
+        self.count(&encoded);
+        let header = encoded.header(frame.seq);
+        let began = Instant::now();
+        self.sender
+            .send_paced(&header, encoded.payload, &self.pacer)
+            .await?;
+        let waited = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.counters.waited_ns.fetch_add(waited, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn count(&self, encoded: &Encoded) {
+        let on_wire = FrameHeader::ENCODED_LEN as u64 + encoded.payload.len() as u64;
+        let zero = u64::from(encoded.zero.count());
+        self.counters
+            .wire_bytes
+            .fetch_add(on_wire, Ordering::Relaxed);
+        self.counters.zero_blocks.fetch_add(zero, Ordering::Relaxed);
+        self.counters
+            .raw_bytes
+            .fetch_add(u64::from(encoded.raw_len), Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,261 @@
+//! The pre-copy: rounds over all regions until the policy says that it is time.
+//!
+//! Owns the order that makes the copy right: take and re-arm the dirty marks, *then* wait for the I/O
+//! barrier, *then* let the lanes read (`[COPY-1]`). A device transfer in flight across the re-arm has landed
+//! before the read; one that starts later marks its block again. Marks that were taken are in the ledger before
+//! anything is read, so a failed attempt loses none. When to stop is `policy`'s to say.
+
+use std::time::{Duration, Instant};
+
+use vmferry_common::phase::Phase;
+use vmferry_hypervisor::Settlement;
+use vmferry_proto::geometry::BLOCK_SIZE;
+use vmferry_proto::ids::{Lane, RegionId};
+use vmferry_proto::message::{LaneProgress, ToDestination};
+use vmferry_proto::spec::{RegionKind, RunState};
+
+use super::Migration;
+use super::inputs::Input;
+use crate::error::MigrateError;
+use crate::lanes::LaneJob;
+use crate::policy::{self, Decision, Left, RoundStats, Situation};
+use crate::session::Session;
+
+impl Migration {
+    /// Copies rounds until the guest is to be paused.
+    ///
+    /// # Errors
+    /// Whatever interrupts the copy (a lost link) or ends it.
+    pub(super) async fn copy_until_time(&mut self) -> Result<(), MigrateError> {
+        if self.stats.rounds.is_empty() {
+            self.scan(Barrier::Wait).await?;
+        }
+        loop {
+            match policy::decide(&self.situation()) {
+                Decision::Continue { predicted, warning } => {
+                    self.stats.prediction = predicted;
+                    if let Some(stall) = warning {
+                        self.progress.note(&stall.to_string());
+                    }
+                    self.round(Duration::ZERO).await?;
+                }
+                Decision::AwaitTrigger {
+                    predicted,
+                    recheck_after,
+                } => {
+                    self.stats.prediction = Some(predicted);
+                    self.converged().await?;
+                    let idle = self.idle(recheck_after).await?;
+                    self.round(idle).await?;
+                }
+                Decision::CutOver { predicted } => {
+                    self.stats.prediction = Some(predicted);
+                    return self.converged().await;
+                }
+                Decision::ForceCutOver { predicted, stall } => {
+                    self.stats.prediction = Some(predicted);
+                    self.progress.note(&format!(
+                        "moving it all the same (--on-stall force): {stall}"
+                    ));
+                    return self.converged().await;
+                }
+                Decision::GiveUp(reason) => {
+                    return Err(MigrateError::NotConverging(reason.to_string()));
+                }
+            }
+        }
+    }
+
+    fn situation(&self) -> Situation<'_> {
+        Situation {
+            rounds: &self.stats.rounds,
+            evidence_after: self.stats.evidence_after,
+            left: self.left(),
+            last_flight: None,
+            fixed: self.stats.fixed,
+            limits: self.options.limits,
+            elapsed: self.began.elapsed(),
+            triggered: self.triggered,
+            guest_runs: self.guest.spec().run_state == RunState::Running,
+        }
+    }
+
+    pub(super) fn left(&self) -> Left {
+        Left {
+            memory: self.ledger.dirty(Some(RegionKind::Memory)).all.bytes,
+            disk: self.ledger.dirty(Some(RegionKind::Disk)).all.bytes,
+        }
+    }
+
+    async fn converged(&mut self) -> Result<(), MigrateError> {
+        if self.phase == Phase::Converged {
+            return Ok(());
+        }
+        self.enter(Phase::Converged).await?;
+        self.tell(&ToDestination::Converged).await
+    }
+
+    /// Waits for the trigger, at most for `time`.
+    async fn idle(&mut self, time: Duration) -> Result<Duration, MigrateError> {
+        let began = Instant::now();
+        while !self.triggered && began.elapsed() < time {
+            let left = time.saturating_sub(began.elapsed());
+            if let Ok(attended) = tokio::time::timeout(left, self.attend()).await {
+                attended?;
+            }
+        }
+        if self.triggered {
+            self.stats.forget_evidence();
+        }
+        Ok(began.elapsed())
+    }
+
+    /// One round: everything dirty is sent and applied; then the scan that says what was dirtied meanwhile.
+    async fn round(&mut self, idle: Duration) -> Result<(), MigrateError> {
+        let began = Instant::now() - idle;
+        let before = self.ledger.counters();
+        let wire_before = self.counters.wire();
+        let zero_before = self.counters.zero();
+        self.send_all(Self::on_input).await?;
+        self.await_applied().await?;
+        let dirtied_bytes = self.scan(Barrier::Wait).await?;
+        let counters = self.ledger.counters();
+        self.stats.rounds.push(RoundStats {
+            number: self.stats.next_round(),
+            elapsed: began.elapsed(),
+            idle,
+            raw_bytes_sent: counters.bytes - before.bytes,
+            zero_bytes: (self.counters.zero() - zero_before) * u64::from(BLOCK_SIZE),
+            wire_bytes: self.counters.wire() - wire_before,
+            dirtied_bytes,
+            left_bytes: self.left().total(),
+        });
+        self.show();
+        Ok(())
+    }
+
+    /// Waits until every frame is applied.
+    async fn await_applied(&mut self) -> Result<(), MigrateError> {
+        while self.ledger.in_flight().frames > 0 {
+            self.attend().await?;
+        }
+        Ok(())
+    }
+
+    /// Takes the dirty marks of every region into the ledger, then lets device I/O in flight land. Returns the bytes found dirty.
+    pub(super) async fn scan(&mut self, barrier: Barrier) -> Result<u64, MigrateError> {
+        let regions: Vec<RegionId> = self.guest.spec().regions.iter().map(|r| r.id).collect();
+        let mut dirty_blocks = 0;
+        for region in regions {
+            // What was taken before is applied, or is dirty in the ledger: the driver need not keep it.
+            self.guest.settle(region, Settlement::Acknowledged).await?;
+            let taken = self.guest.take_dirty(region).await?;
+            self.stats.on_hold(taken.longest_hold);
+            dirty_blocks += taken.dirty.count();
+            self.ledger
+                .mark_dirty(region, &taken.dirty)
+                .map_err(internal)?;
+            self.ledger
+                .mark_zero(region, &taken.zero)
+                .map_err(internal)?;
+        }
+        if matches!(barrier, Barrier::Wait) {
+            let held = self.guest.io_barrier().await?;
+            self.stats.on_barrier(held);
+        }
+        Ok(dirty_blocks * u64::from(BLOCK_SIZE))
+    }
+
+    /// Gives the lanes everything that is dirty and waits until they have read and sent it. What happens
+    /// meanwhile goes to `on_input`.
+    pub(super) async fn send_all<E>(
+        &mut self,
+        mut on_input: impl FnMut(&mut Self, Input) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        E: From<NoSession>,
+    {
+        loop {
+            let busy = self.fill_lanes()?;
+            if !busy {
+                return Ok(());
+            }
+            let moved = self
+                .session
+                .as_ref()
+                .and_then(Session::lanes)
+                .ok_or(NoSession)?
+                .moved();
+            let input = tokio::select! {
+                () = moved.notified() => continue,
+                input = self.input() => input,
+            };
+            on_input(self, input)?;
+        }
+    }
+
+    /// Hands out frames while lanes have room. Returns whether any lane still has work.
+    fn fill_lanes(&mut self) -> Result<bool, NoSession> {
+        let Self {
+            session,
+            ledger,
+            readers,
+            guest,
+            ..
+        } = self;
+        let lanes = session.as_ref().and_then(Session::lanes).ok_or(NoSession)?;
+        for (index, lane) in (0u8..).map(Lane).zip(lanes.handles()) {
+            while lane.has_room() {
+                let Some(frame) = ledger.next_frame(index, None) else {
+                    break;
+                };
+                let region = usize::from(frame.region.0);
+                let (Some(reader), Some(spec)) =
+                    (readers.get(region), guest.spec().region(frame.region))
+                else {
+                    break;
+                };
+                let job = LaneJob {
+                    frame,
+                    len: spec.len,
+                    reader: reader.clone(),
+                };
+                if !lane.push(job) {
+                    // Its task has failed and says why on its own way.
+                    break;
+                }
+            }
+        }
+        Ok(lanes.are_busy() || !ledger.is_clean())
+    }
+
+    pub(super) fn on_progress(&mut self, lanes: &[LaneProgress]) -> Result<(), MigrateError> {
+        self.ledger
+            .on_progress(lanes)
+            .map_err(|error| MigrateError::Protocol(error.into()))?;
+        Ok(())
+    }
+}
+
+/// Whether device I/O may be in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Barrier {
+    /// The guest runs.
+    Wait,
+    /// It is paused: the pause has drained its I/O.
+    Drained,
+}
+
+/// The session went away while the lanes were being filled.
+#[derive(Debug)]
+pub(super) struct NoSession;
+
+impl From<NoSession> for MigrateError {
+    fn from(NoSession: NoSession) -> Self {
+        Self::SessionLost(crate::error::LinkError::Closed)
+    }
+}
+
+fn internal(error: vmferry_proto::ledger::LedgerError) -> MigrateError {
+    MigrateError::Internal(error.to_string())
+}

@@ -1,0 +1,170 @@
+//! The last flight: what is sent while the guest is paused, up to the device state.
+//!
+//! Owns the order within the stopped time: last dirty marks, last blocks, `Final`, digests where asked for,
+//! device state. Nothing that could be done before the pause is done here. Any failure is an event for the
+//! handover machine; none of it touches the guest.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use vmferry_common::digest;
+use vmferry_common::phase::Phase;
+use vmferry_proto::handover::SourceEvent;
+use vmferry_proto::ids::Attempt;
+use vmferry_proto::message::{Final, ToDestination, ToSource, VerifyWindows};
+use vmferry_proto::spec::RunState;
+
+use super::Migration;
+use super::copy::{Barrier, NoSession};
+use super::inputs::Input;
+use crate::error::MigrateError;
+
+/// Why the flight ended early: what the machine is told.
+#[derive(Debug)]
+pub(super) enum Grounded {
+    /// Something happened that the machine knows by its own name.
+    Event(SourceEvent),
+    /// The copy failed at this side.
+    Failed(MigrateError),
+}
+
+impl From<MigrateError> for Grounded {
+    fn from(error: MigrateError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl From<NoSession> for Grounded {
+    fn from(no_session: NoSession) -> Self {
+        let reason = MigrateError::from(no_session).to_wire();
+        Self::Event(SourceEvent::ConnectionLost { reason })
+    }
+}
+
+impl Migration {
+    /// Sends everything that is left of the paused guest.
+    pub(super) async fn flight(&mut self, attempt: Attempt, run_state: RunState) -> SourceEvent {
+        match self.try_flight(attempt, run_state).await {
+            Ok(()) => SourceEvent::FinalSent { attempt },
+            Err(Grounded::Event(event)) => event,
+            Err(Grounded::Failed(error)) => SourceEvent::StreamFailed {
+                attempt,
+                reason: error.to_wire(),
+            },
+        }
+    }
+
+    async fn try_flight(&mut self, attempt: Attempt, run_state: RunState) -> Result<(), Grounded> {
+        self.enter(Phase::Final).await?;
+        let began = Instant::now();
+        self.scan(Barrier::Drained).await?;
+        self.stats
+            .on_final_scan(began.elapsed(), self.left().total());
+        self.send_all(Self::on_flight_input).await?;
+        self.send_final(attempt, run_state).await?;
+        self.stats.on_last_set(began.elapsed());
+        self.send_device_state(attempt).await
+    }
+
+    /// Names the end of the data; with digests, returns when both sides agree.
+    async fn send_final(&mut self, attempt: Attempt, run_state: RunState) -> Result<(), Grounded> {
+        let verify = self.windows_to_verify();
+        self.say_final(attempt, run_state, verify.clone()).await?;
+        if verify.is_empty() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let differing = self.compare_digests(attempt, &verify).await?;
+        if !differing.is_empty() {
+            self.resend_discarded(&differing).await?;
+            self.send_all(Self::on_flight_input).await?;
+            self.say_final(attempt, run_state, verify.clone()).await?;
+            let still = self.compare_digests(attempt, &verify).await?;
+            if let Some(window) = still.first() {
+                return Err(self.differs(window).into());
+            }
+        }
+        self.stats.on_verified(began.elapsed());
+        Ok(())
+    }
+
+    async fn say_final(
+        &mut self,
+        attempt: Attempt,
+        run_state: RunState,
+        verify: Vec<VerifyWindows>,
+    ) -> Result<(), Grounded> {
+        let lanes = self.ledger.final_seqs();
+        let message = ToDestination::Final(Final {
+            attempt,
+            lanes,
+            verify,
+            run_state,
+        });
+        Ok(self.tell(&message).await?)
+    }
+
+    async fn send_device_state(&mut self, attempt: Attempt) -> Result<(), Grounded> {
+        let began = Instant::now();
+        let Self { guest, paused, .. } = self;
+        let paused = paused
+            .as_ref()
+            .ok_or_else(|| MigrateError::Internal("no proof of the pause".to_owned()))?;
+        let state = Bytes::from(
+            guest
+                .save_device_state(paused)
+                .await
+                .map_err(MigrateError::Guest)?,
+        );
+        self.stats
+            .on_state_saved(began.elapsed(), state.len() as u64);
+        let message = ToDestination::DeviceState {
+            attempt,
+            len: state.len() as u64,
+            digest: digest::plain(&state),
+        };
+        let began = Instant::now();
+        self.tell(&message).await?;
+        let session = self.session.as_mut().ok_or(NoSession)?;
+        session
+            .send_device_state(attempt, state)
+            .await
+            .map_err(MigrateError::SessionLost)?;
+        self.stats.on_state_sent(began.elapsed());
+        Ok(())
+    }
+
+    /// Says something on the session.
+    ///
+    /// # Errors
+    /// [`MigrateError::SessionLost`].
+    pub(super) async fn tell(&mut self, message: &ToDestination) -> Result<(), MigrateError> {
+        let session = self.session.as_mut().ok_or(NoSession)?;
+        session
+            .send(message)
+            .await
+            .map_err(MigrateError::SessionLost)
+    }
+
+    /// While the lanes work: only progress is ordinary.
+    fn on_flight_input(&mut self, input: Input) -> Result<(), Grounded> {
+        self.flight_message(input).map(|_ignored| ())
+    }
+
+    /// What came, if it is a message of the flight; anything else grounds it.
+    pub(super) fn flight_message(&mut self, input: Input) -> Result<Option<ToSource>, Grounded> {
+        match input {
+            Input::Peer(ToSource::Progress(lanes)) => {
+                self.on_progress(&lanes)?;
+                Ok(None)
+            }
+            Input::Peer(message @ (ToSource::Digests(_) | ToSource::Complete { .. })) => {
+                Ok(Some(message))
+            }
+            other => match self.handover_input(other) {
+                Some(event) => Err(Grounded::Event(event)),
+                None => Ok(None),
+            },
+        }
+    }
+}

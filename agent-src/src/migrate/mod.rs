@@ -1,0 +1,357 @@
+//! One migration at the source, from the first connection to its end.
+//!
+//! Owns the guest, the ledger, the session and the handover machine, all in one task: there is no lock
+//! over any of it. The script is short (`drive`): connect, copy until it is time, cut over, and once more
+//! from the copy if the attempt was rolled back for a passing reason. The handover machine says what may be done
+//! to the guest and when; this module carries it out ([`act`]) and reports what came of it.
+//!
+//! ```text
+//! drive ── copy  (rounds, ledger, policy)         agent's own decisions
+//!       └─ act   (record, pause, resume, release)  the machine's decisions
+//!          └─ flight (last blocks, Final, digests, device state)
+//! ```
+
+mod act;
+mod copy;
+mod flight;
+mod inputs;
+mod link;
+mod show;
+mod stats;
+mod verify;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Interval, MissedTickBehavior};
+use vmferry_common::hooks::Hooks;
+use vmferry_common::journal::RecordFile;
+use vmferry_common::pace::Pacer;
+use vmferry_common::phase::Phase;
+use vmferry_hypervisor::{GuestLife, GuestPaused, RegionReader, SourceGuest};
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::handover::{SourceAction, SourceEnd, SourceEvent, SourceHandover, SourceRecord};
+use vmferry_proto::ledger::Ledger;
+
+use crate::cli::MigrateOptions;
+use crate::error::{LinkError, MigrateError};
+use crate::lanes::LaneCounters;
+use crate::local::{Command, Waiter};
+use crate::progress::Progress;
+use crate::session::{Dialer, Session};
+
+use inputs::Timers;
+pub use stats::Stats;
+
+/// Attempts that may be rolled back for a passing reason (lost link, time-out) before the migration gives up:
+/// each of them cost the guest a pause.
+const MAX_ATTEMPTS: u32 = 3;
+
+/// A migration under way.
+#[derive(Debug)]
+pub struct Migration {
+    options: MigrateOptions,
+    guest: Box<dyn SourceGuest>,
+    life: watch::Receiver<GuestLife>,
+    readers: Vec<Arc<dyn RegionReader>>,
+    paused: Option<GuestPaused>,
+    tracking: bool,
+    ledger: Ledger,
+    counters: Arc<LaneCounters>,
+    pacer: Pacer,
+    dialer: Dialer,
+    session: Option<Session>,
+    handover: SourceHandover,
+    events: VecDeque<SourceEvent>,
+    journal: RecordFile<SourceRecord>,
+    timers: Timers,
+    commands: mpsc::Receiver<Command>,
+    waiters: Vec<Waiter>,
+    triggered: bool,
+    rolled_back: u32,
+    last_rollback: Option<WireError>,
+    phase: Phase,
+    hooks: Hooks,
+    progress: Progress,
+    stats: Stats,
+    began: Instant,
+    ticker: Interval,
+    /// Why the last try to connect failed, whole: the machine keeps only its short form.
+    connect_error: Option<MigrateError>,
+    end: Option<SourceEnd>,
+    /// Set where the process is told to stop while only the destination knows the outcome.
+    left_in_doubt: bool,
+    only_recover: bool,
+}
+
+/// Everything that a migration is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// What the user wants.
+    pub options: MigrateOptions,
+    /// The guest, attached and checked.
+    pub guest: Box<dyn SourceGuest>,
+    /// How sessions are made.
+    pub dialer: Dialer,
+    /// The machine, new or recovered.
+    pub handover: SourceHandover,
+    /// Where its records go.
+    pub journal: RecordFile<SourceRecord>,
+    /// What people at other terminals ask.
+    pub commands: mpsc::Receiver<Command>,
+    /// Scripts at the phases.
+    pub hooks: Hooks,
+    /// Where progress is shown.
+    pub progress: Progress,
+    /// When the program began.
+    pub began: Instant,
+    /// Whether only an earlier agent's work is to be finished.
+    pub only_recover: bool,
+}
+
+/// What went over the wire.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sent {
+    /// Bytes of guest content accounted for.
+    pub raw_bytes: u64,
+    /// Bytes handed to the transport.
+    pub wire_bytes: u64,
+    /// Blocks that were zero.
+    pub zero_blocks: u64,
+    /// Blocks sent more than once.
+    pub resent_blocks: u64,
+}
+
+/// What a migration came to.
+#[derive(Debug)]
+pub struct Ended {
+    /// Whether only the destination knows the outcome.
+    pub in_doubt: bool,
+    /// Whether the guest has ended at this side (by itself, or after a commit).
+    pub guest_is_gone: bool,
+    /// What went over the wire.
+    pub sent: Sent,
+    /// The phase that was reached.
+    pub phase: Phase,
+    /// How, as the machine says; `None` means in doubt.
+    pub end: Option<SourceEnd>,
+    /// Why the last attempt was rolled back, if one was.
+    pub rolled_back: Option<WireError>,
+    /// What was measured.
+    pub stats: Stats,
+    /// Who waits for the end at a control socket.
+    pub waiters: Vec<Waiter>,
+}
+
+impl Migration {
+    /// Puts a migration together; nothing has happened to the guest yet.
+    ///
+    /// # Errors
+    /// [`MigrateError::Internal`] where the driver has no reader for a region that it listed.
+    pub fn new(parts: Parts) -> Result<Self, MigrateError> {
+        let Parts {
+            options,
+            guest,
+            dialer,
+            handover,
+            journal,
+            commands,
+            hooks,
+            progress,
+            began,
+            only_recover,
+        } = parts;
+        let spec = guest.spec();
+        let readers = spec
+            .regions
+            .iter()
+            .map(|region| guest.reader(region.id))
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
+        let ledger = Ledger::new(&spec.regions);
+        let stats = Stats::new(spec);
+        Ok(Self {
+            life: guest.life(),
+            readers,
+            paused: None,
+            tracking: false,
+            ledger,
+            counters: Arc::new(LaneCounters::new(options.compress)),
+            ticker: ticker(),
+            connect_error: None,
+            pacer: Pacer::new(options.max_bandwidth),
+            dialer,
+            session: None,
+            handover,
+            events: VecDeque::new(),
+            journal,
+            timers: Timers::default(),
+            commands,
+            waiters: Vec::new(),
+            triggered: false,
+            rolled_back: 0,
+            last_rollback: None,
+            phase: Phase::Negotiate,
+            hooks,
+            progress,
+            stats,
+            began,
+            end: None,
+            left_in_doubt: false,
+            only_recover,
+            guest,
+            options,
+        })
+    }
+
+    /// Runs the migration to its end. The guest runs on one side when this returns, or is paused here and in doubt.
+    /// `actions` are what a recovered machine wants done first.
+    pub async fn run(mut self, actions: Vec<SourceAction>) -> Ended {
+        self.settle_the_past(actions).await;
+        if self.end.is_none() && !self.left_in_doubt {
+            if self.only_recover {
+                self.give_up(&MigrateError::Recovered).await;
+            } else {
+                self.drive().await;
+            }
+        }
+        self.leave_guest().await;
+        self.progress.finish();
+        let counters = self.ledger.counters();
+        Ended {
+            in_doubt: self.left_in_doubt || self.handover.is_in_doubt(),
+            guest_is_gone: *self.life.borrow() != GuestLife::Alive,
+            sent: Sent {
+                raw_bytes: counters.bytes,
+                wire_bytes: self.counters.wire(),
+                zero_blocks: self.counters.zero(),
+                resent_blocks: counters.resent_blocks(),
+            },
+            end: self.end,
+            rolled_back: self.last_rollback,
+            phase: self.phase,
+            stats: self.stats,
+            waiters: self.waiters,
+        }
+    }
+
+    /// What an earlier agent left: a paused guest is resumed, a doubt is settled, before anything new.
+    async fn settle_the_past(&mut self, actions: Vec<SourceAction>) {
+        if actions.is_empty() {
+            return;
+        }
+        self.progress
+            .note("an earlier agent left this migration unfinished: settling that first");
+        for action in actions {
+            self.act(action).await;
+        }
+        self.feed_queued().await;
+        while self.end.is_none() && !self.left_in_doubt && !self.handover.is_copying() {
+            if let Some(event) = self.attend_handover().await {
+                self.feed(event).await;
+            }
+        }
+    }
+
+    async fn drive(&mut self) {
+        let mut step = self.negotiate().await;
+        while self.end.is_none() && !self.left_in_doubt {
+            step = match step {
+                Ok(()) => self.copy_and_cut_over().await,
+                Err(error) if error.is_link_loss() && self.tracking => self.reconnect(error).await,
+                Err(error) => {
+                    self.give_up(&error).await;
+                    return;
+                }
+            };
+        }
+    }
+
+    /// First session: the destination knows the guest, and its copy is prepared.
+    async fn negotiate(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Negotiate).await?;
+        self.connect().await?;
+        self.enter(Phase::Prepare).await?;
+        self.offer().await?;
+        self.guest.start_tracking().await?;
+        self.tracking = true;
+        self.enter(Phase::Copy).await
+    }
+
+    async fn copy_and_cut_over(&mut self) -> Result<(), MigrateError> {
+        self.copy_until_time().await?;
+        self.cut_over().await
+    }
+
+    /// One attempt: `Ok` also when it was rolled back and another one may follow.
+    async fn cut_over(&mut self) -> Result<(), MigrateError> {
+        self.enter(Phase::Pause).await?;
+        let run_state = self.guest.run_state().await?;
+        self.feed(SourceEvent::BeginCutover { run_state }).await;
+        while self.end.is_none() && !self.left_in_doubt && !self.handover.is_copying() {
+            if let Some(event) = self.attend_handover().await {
+                self.feed(event).await;
+            }
+        }
+        if self.end.is_some() || self.left_in_doubt {
+            return Ok(());
+        }
+        self.after_rollback()
+    }
+
+    /// The guest goes on here after an attempt: is there any sense in another one?
+    fn after_rollback(&mut self) -> Result<(), MigrateError> {
+        let reason = self.last_rollback.clone().unwrap_or_else(|| {
+            WireError::new(
+                ErrorCode::Internal,
+                "an attempt was rolled back without a reason",
+            )
+        });
+        let passing = matches!(reason.code, ErrorCode::LinkLost | ErrorCode::TimedOut);
+        if !passing || self.rolled_back >= MAX_ATTEMPTS {
+            return Err(MigrateError::RolledBack(reason));
+        }
+        self.progress
+            .note(&format!("rolled back, trying again: {reason}"));
+        self.phase = Phase::Copy;
+        self.stats.forget_evidence();
+        if self.session.is_none() {
+            return Err(MigrateError::SessionLost(LinkError::Closed));
+        }
+        Ok(())
+    }
+
+    /// Ends the migration at this side for a reason that no new session mends.
+    async fn give_up(&mut self, error: &MigrateError) {
+        tracing::warn!(error = %error.chain(), "the migration ends here");
+        self.feed(SourceEvent::Cancel {
+            reason: error.to_wire(),
+        })
+        .await;
+        while self.end.is_none() && !self.left_in_doubt {
+            if let Some(event) = self.attend_handover().await {
+                self.feed(event).await;
+            }
+        }
+    }
+
+    /// Removes every trace from the hypervisor, where the guest is still ours.
+    async fn leave_guest(&mut self) {
+        self.session = None;
+        if self.tracking && !matches!(self.end, Some(SourceEnd::Committed) | None) {
+            if let Err(error) = self.guest.stop_tracking().await {
+                tracing::warn!(%error, "tracking could not be ended cleanly: `vmferry-src recover` tries again");
+            }
+        }
+    }
+}
+
+/// How often progress is shown and the compression policy is told of the link.
+fn ticker() -> Interval {
+    const EVERY: Duration = Duration::from_millis(200);
+    let mut ticker = tokio::time::interval(EVERY);
+    ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticker
+}

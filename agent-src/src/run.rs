@@ -1,0 +1,457 @@
+//! From checked options to a report: the setting-up and taking-down around a migration.
+//!
+//! Owns guest lock, journal, generation, control socket and signals, and what a failure before the first connection
+//! looks like. What happens between is `migrate`'s; what is printed is `report`'s.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use vmferry_common::endpoint::TransportTuning;
+use vmferry_common::hooks::Hooks;
+use vmferry_common::identity::Identity;
+use vmferry_common::journal::RecordFile;
+use vmferry_common::ownership;
+use vmferry_common::phase::{Ending, Phase};
+use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
+use vmferry_hypervisor::SourceGuest;
+use vmferry_hypervisor::open::open_source;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::handover::{
+    Peer as PeerRecord, ProcessRecord, SourceAction, SourceEnd, SourceEvent, SourceFacts,
+    SourceHandover, SourceRecord, SourceState,
+};
+use vmferry_proto::ids::GuestName;
+use vmferry_proto::spec::RunState;
+
+use crate::cli::MigrateOptions;
+use crate::error::MigrateError;
+use crate::local::{self, Command, Waiter};
+use crate::migrate::{Ended, Migration, Parts};
+use crate::progress::Progress;
+use crate::report::{End, GuestNow, Millis, Peer, Report, Verified};
+use crate::saved::{self, SavedCommand};
+use crate::session::Dialer;
+
+/// How long a hook script may take.
+const HOOK_LIMIT: Duration = Duration::from_secs(30);
+
+/// A migration that never began: nothing was done to the guest.
+#[derive(Debug)]
+pub struct NotBegun {
+    /// Whether the user's input or configuration is to blame (exit code 2).
+    pub usage: bool,
+    /// Why.
+    pub error: WireError,
+}
+
+impl NotBegun {
+    fn usage(error: &dyn std::error::Error) -> Self {
+        Self {
+            usage: true,
+            error: WireError::new(ErrorCode::Internal, chain(error)),
+        }
+    }
+
+    /// No runtime could be started.
+    #[must_use]
+    pub fn runtime(error: &std::io::Error) -> Self {
+        Self::failed(ErrorCode::Internal, error)
+    }
+
+    fn failed(code: ErrorCode, error: &dyn std::error::Error) -> Self {
+        Self {
+            usage: false,
+            error: WireError::new(code, chain(error)),
+        }
+    }
+}
+
+/// The error with its causes, in one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Everything that must be held while a guest is worked on.
+struct Desk {
+    guest: Box<dyn SourceGuest>,
+    journal: RecordFile<SourceRecord>,
+    found: Option<SourceRecord>,
+    state: StateDir,
+    _lock: GuestLock,
+    _socket: local::Server,
+    commands: mpsc::Receiver<Command>,
+}
+
+/// Moves a guest.
+///
+/// # Errors
+/// [`NotBegun`] before anything was done to the guest.
+pub async fn migrate(options: MigrateOptions, progress: Progress) -> Result<Report, NotBegun> {
+    let began = Instant::now();
+    let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
+    let desk = sit_down(&options).await?;
+    remember(&options, &desk)?;
+    let (handover, actions) = machine(&options, &desk)?;
+    run(
+        options,
+        identity,
+        desk,
+        (handover, actions),
+        progress,
+        began,
+        false,
+    )
+    .await
+}
+
+/// The operator's word that the destination host cannot run the guest nor write to its disks (`[HAND-9]`).
+#[derive(Debug, Clone, Copy)]
+pub struct DestinationIsFenced;
+
+/// Finishes what the journal says of a guest, and nothing more; on the operator's word without asking the destination.
+///
+/// # Errors
+/// [`NotBegun`] before anything was done.
+pub async fn recover(
+    state: &Path,
+    name: &GuestName,
+    identity: Option<PathBuf>,
+    fenced: Option<DestinationIsFenced>,
+    progress: Progress,
+) -> Result<Report, NotBegun> {
+    let began = Instant::now();
+    let options = saved_options(state, name, identity)?;
+    let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
+    let desk = sit_down(&options).await?;
+    let Some(found) = desk.found.clone() else {
+        return Err(nothing_to_recover(state, name));
+    };
+    let (mut handover, mut actions) = SourceHandover::recover(found);
+    if fenced.is_some() {
+        let word = handover.handle(SourceEvent::ResolveDestinationFenced);
+        actions.extend(word.map_err(|error| NotBegun::usage(&error))?);
+    }
+    run(
+        options,
+        identity,
+        desk,
+        (handover, actions),
+        progress,
+        began,
+        true,
+    )
+    .await
+}
+
+fn nothing_to_recover(state: &Path, name: &GuestName) -> NotBegun {
+    let detail = format!(
+        "no migration of {name} is recorded in {}: nothing to recover",
+        state.display()
+    );
+    NotBegun {
+        usage: true,
+        error: WireError::new(ErrorCode::Journal, detail),
+    }
+}
+
+/// The options of the migration that the journal tells of.
+fn saved_options(
+    state: &Path,
+    name: &GuestName,
+    identity: Option<PathBuf>,
+) -> Result<MigrateOptions, NotBegun> {
+    let journal = |error: &dyn std::error::Error| NotBegun::failed(ErrorCode::Journal, error);
+    let dir = StateDir::existing(state).map_err(|error| NotBegun::usage(&error))?;
+    let record = ownership::source_file(&dir, name)
+        .read()
+        .map_err(|error| journal(&error))?;
+    let saved = saved::file(&dir, name)
+        .read()
+        .map_err(|error| journal(&error))?;
+    let (Some(record), Some(saved)) = (record, saved) else {
+        return Err(nothing_to_recover(state, name));
+    };
+    let to = record
+        .peer
+        .address
+        .parse()
+        .map_err(|error| NotBegun::usage(&error))?;
+    let identity = identity.unwrap_or(saved.identity);
+    Ok(MigrateOptions::to_recover(
+        saved.guest,
+        to,
+        identity,
+        state.to_owned(),
+        saved.hooks,
+    ))
+}
+
+/// Writes down how to come back to this guest, before anything is done to it.
+fn remember(options: &MigrateOptions, desk: &Desk) -> Result<(), NotBegun> {
+    let saved = SavedCommand {
+        guest: options.guest.clone(),
+        identity: options.identity.clone(),
+        hooks: options.hooks.clone(),
+    };
+    saved::file(&desk.state, &options.guest.name)
+        .write(&saved)
+        .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))
+}
+
+async fn sit_down(options: &MigrateOptions) -> Result<Desk, NotBegun> {
+    let name = &options.guest.name;
+    let state = StateDir::open(&options.state).map_err(|error| NotBegun::usage(&error))?;
+    let lock = state
+        .lock(name)
+        .map_err(|error| NotBegun::failed(ErrorCode::GuestBusy, &error))?;
+    let journal = ownership::source_file(&state, name);
+    let found = journal
+        .read()
+        .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
+    let (sender, commands) = mpsc::channel(local::QUEUE);
+    local::forward_signals(sender.clone())
+        .map_err(|error| NotBegun::failed(ErrorCode::Internal, &error))?;
+    let socket = local::Server::start(&local::socket_path(&options.state, name.as_str()), sender)
+        .map_err(|error| NotBegun::usage(&error))?;
+    let guest = open_source(&options.guest)
+        .await
+        .map_err(|error| NotBegun {
+            usage: false,
+            error: MigrateError::Guest(error).to_wire(),
+        })?;
+    Ok(Desk {
+        guest,
+        journal,
+        found,
+        state,
+        _lock: lock,
+        _socket: socket,
+        commands,
+    })
+}
+
+/// The handover machine: of what the journal left unfinished, else a new one.
+fn machine(
+    options: &MigrateOptions,
+    desk: &Desk,
+) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
+    match &desk.found {
+        Some(found) if is_unfinished(found, options) => Ok(SourceHandover::recover(found.clone())),
+        Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
+    }
+}
+
+/// Whether an earlier agent left something of this guest that must be finished, or can be gone on with.
+fn is_unfinished(found: &SourceRecord, options: &MigrateOptions) -> bool {
+    match &found.state {
+        // Gone on with only where the destination is the same one.
+        SourceState::Copying { .. } => found.peer.address == options.to.to_string(),
+        SourceState::Pausing { .. }
+        | SourceState::Committing { .. }
+        | SourceState::RolledBack { .. }
+        | SourceState::Fenced { .. } => true,
+        SourceState::Released { .. } | SourceState::Ended { .. } => false,
+    }
+}
+
+fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun> {
+    let journal = |error: &dyn std::error::Error| NotBegun::failed(ErrorCode::Journal, error);
+    let migration = new_migration_id().map_err(|error| journal(&error))?;
+    let known = ownership::highest_generation(&desk.state, &options.guest.name)
+        .map_err(|error| journal(&error))?;
+    let process = desk.guest.process();
+    Ok(SourceFacts {
+        guest: options.guest.name.clone(),
+        migration,
+        generation: known.next(),
+        peer: PeerRecord {
+            address: options.to.to_string(),
+            identity: options.to.host.clone(),
+        },
+        process: ProcessRecord {
+            pid: process.pid,
+            start_ticks: process.start_ticks,
+            boot_id: process.boot_id,
+        },
+        shared_disks: !desk.guest.spec().shared_disks.is_empty(),
+    })
+}
+
+async fn run(
+    options: MigrateOptions,
+    identity: Identity,
+    desk: Desk,
+    (handover, actions): (SourceHandover, Vec<SourceAction>),
+    progress: Progress,
+    began: Instant,
+    only_recover: bool,
+) -> Result<Report, NotBegun> {
+    let record = handover.record();
+    let dialer = Dialer {
+        to: options.to.clone(),
+        identity: Arc::new(identity),
+        tuning: TransportTuning::default(),
+        guest: record.guest.clone(),
+        migration: record.migration,
+        generation: record.generation,
+        lanes: options.lanes,
+    };
+    let before = desk.guest.spec().run_state;
+    let parts = Parts {
+        hooks: Hooks::new(Some(options.hooks.clone()), HOOK_LIMIT),
+        options: options.clone(),
+        guest: desk.guest,
+        dialer,
+        handover,
+        journal: desk.journal,
+        commands: desk.commands,
+        progress,
+        began,
+        only_recover,
+    };
+    let migration = Migration::new(parts).map_err(|error| NotBegun {
+        usage: false,
+        error: error.to_wire(),
+    })?;
+    let ended = migration.run(actions).await;
+    let (report, waiters) = summarise(&options, &record, before, ended, began.elapsed());
+    answer(waiters, &report).await;
+    Ok(report)
+}
+
+/// Tells those who wait at the control socket, and gives the answers time to leave.
+async fn answer(waiters: Vec<Waiter>, report: &Report) {
+    let Ok(object) = serde_json::to_value(report) else {
+        return;
+    };
+    let any = !waiters.is_empty();
+    for waiter in waiters {
+        // The asker may have gone away: then nobody wants the answer.
+        let _ = waiter.send(object.clone());
+    }
+    if any {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn summarise(
+    options: &MigrateOptions,
+    record: &SourceRecord,
+    before: RunState,
+    ended: Ended,
+    total: Duration,
+) -> (Report, Vec<Waiter>) {
+    let end = ending(&ended, before);
+    let peer = Peer {
+        address: options.to.to_string(),
+        agent: ended.stats.agent.clone(),
+    };
+    let mut report = Report::new(
+        record.migration.to_string(),
+        record.guest.to_string(),
+        peer,
+        end,
+    );
+    let stats = &ended.stats;
+    report.total_ms = Millis(total);
+    report.set_rounds(&stats.rounds);
+    if let Some((downtime, parts)) = stats.downtime() {
+        report.set_downtime(downtime, parts);
+    }
+    report.attempts = stats.attempts;
+    report.sessions = stats.sessions;
+    report.memory_bytes = stats.memory_bytes;
+    report.disk_bytes = stats.disk_bytes;
+    report.raw_bytes = ended.sent.raw_bytes;
+    report.wire_bytes = ended.sent.wire_bytes;
+    report.zero_blocks = ended.sent.zero_blocks;
+    report.resent_blocks = ended.sent.resent_blocks;
+    report.device_state_bytes = stats.device_state_bytes;
+    report.guest_stall_ms = Millis(stats.longest_hold);
+    report.barrier_stall_ms = Millis(stats.longest_barrier);
+    report.verified = Verified {
+        mode: options.verify,
+        windows: stats.windows_compared,
+        bytes: stats.bytes_compared,
+        resent_discarded: stats.resent_discarded,
+    };
+    (report, ended.waiters)
+}
+
+fn ending(ended: &Ended, before: RunState) -> End {
+    let here = match before {
+        RunState::Running => GuestNow::RunsAtSource,
+        RunState::Paused => GuestNow::PausedAtSource,
+    };
+    let there = match before {
+        RunState::Running => GuestNow::RunsAtDestination,
+        RunState::Paused => GuestNow::PausedAtDestination,
+    };
+    let with_error = |outcome, guest_now, error: &WireError, phase: Phase| End {
+        outcome,
+        guest_now,
+        error: Some((error.clone(), Some(phase))),
+    };
+    match &ended.end {
+        Some(SourceEnd::Committed) => End {
+            outcome: Ending::Committed,
+            guest_now: there,
+            error: None,
+        },
+        Some(SourceEnd::NotCommitted { reason, .. }) => {
+            let now = if ended.guest_is_gone {
+                GuestNow::Ended
+            } else {
+                here
+            };
+            let outcome = match reason.code {
+                ErrorCode::Cancelled => Ending::Cancelled,
+                _ if ended.rolled_back.is_some() => Ending::RolledBack,
+                _ => Ending::Failed,
+            };
+            with_error(outcome, now, reason, ended.phase)
+        }
+        Some(SourceEnd::ResumedByOperator) => End {
+            outcome: Ending::RolledBack,
+            guest_now: here,
+            error: None,
+        },
+        Some(SourceEnd::EndedByOperator) => End {
+            outcome: Ending::RolledBack,
+            guest_now: GuestNow::Ended,
+            error: None,
+        },
+        None => {
+            let now = if ended.in_doubt {
+                GuestNow::InDoubt
+            } else {
+                GuestNow::StuckAtSource
+            };
+            let outcome = if ended.in_doubt {
+                Ending::InDoubt
+            } else {
+                Ending::Failed
+            };
+            let told = WireError::new(
+                ErrorCode::ShuttingDown,
+                "the agent was told to stop before the migration was settled",
+            );
+            with_error(
+                outcome,
+                now,
+                ended.rolled_back.as_ref().unwrap_or(&told),
+                ended.phase,
+            )
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! One session with the destination: connection, control stream, lanes.
+//!
+//! Owns how a session is made (Hello, Welcome; Offer, Ready; lanes) and what of it can break. Does not own what is
+//! said on it afterwards: the migration does. A session counts as open only after `Welcome`, since a TLS 1.3
+//! client learns late that its certificate was refused.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use quinn::{Connection, Endpoint};
+use tokio::sync::mpsc;
+use vmferry_common::control::{self, ControlReceiver, ControlSender};
+use vmferry_common::endpoint::{self, HostPort, TransportTuning};
+use vmferry_common::identity::Identity;
+use vmferry_common::lanes::{LaneSender, send_device_state};
+use vmferry_common::pace::Pacer;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::frame::{StreamHeader, StreamKind};
+use vmferry_proto::ids::{
+    Attempt, Generation, GuestName, Lane, MigrationId, RegisterId, SessionNumber,
+};
+use vmferry_proto::message::{Hello, Offer, Ready, ToDestination, ToSource, Welcome};
+use vmferry_proto::spec::GuestSpec;
+use vmferry_proto::version::{Features, SUPPORTED};
+
+use crate::error::{LinkError, MigrateError};
+use crate::lanes::{LaneCounters, LaneFailed, Lanes};
+
+/// What every session of a migration has in common.
+#[derive(Debug, Clone)]
+pub struct Dialer {
+    /// The destination.
+    pub to: HostPort,
+    /// Who this host is.
+    pub identity: Arc<Identity>,
+    /// Settings of the transport.
+    pub tuning: TransportTuning,
+    /// The guest.
+    pub guest: GuestName,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Its generation.
+    pub generation: Generation,
+    /// Lanes of each session.
+    pub lanes: u8,
+}
+
+/// An open session.
+#[derive(Debug)]
+pub struct Session {
+    /// Kept alive: the connection's packets go through it.
+    _endpoint: Endpoint,
+    connection: Connection,
+    sender: ControlSender<ToDestination>,
+    receiver: ControlReceiver<ToSource>,
+    welcome: Welcome,
+    header: StreamHeader,
+    peer: String,
+    lanes: Option<Lanes>,
+    failed: mpsc::UnboundedReceiver<LaneFailed>,
+    failures: mpsc::UnboundedSender<LaneFailed>,
+}
+
+impl Dialer {
+    /// Makes a session, up to `Welcome`.
+    ///
+    /// # Errors
+    /// No connection, refused by either side, or no version in common.
+    pub async fn dial(&self, number: SessionNumber) -> Result<Session, MigrateError> {
+        let (endpoint, connection) = endpoint::connect(&self.to, &self.identity, &self.tuning)
+            .await
+            .map_err(MigrateError::Connect)?;
+        let greeting = self.greet(&connection, number);
+        let (sender, receiver, welcome) =
+            match tokio::time::timeout(self.tuning.connect_timeout, greeting).await {
+                Ok(greeted) => greeted?,
+                Err(_) => return Err(MigrateError::SessionLost(LinkError::NoWelcome)),
+            };
+        let (failures, failed) = mpsc::unbounded_channel();
+        Ok(Session {
+            _endpoint: endpoint,
+            connection,
+            sender,
+            receiver,
+            welcome,
+            header: StreamHeader {
+                kind: StreamKind::Lane { lane: Lane(0) },
+                session: number,
+                migration: self.migration,
+            },
+            peer: self.to.to_string(),
+            lanes: None,
+            failed,
+            failures,
+        })
+    }
+
+    async fn greet(
+        &self,
+        connection: &Connection,
+        number: SessionNumber,
+    ) -> Result<
+        (
+            ControlSender<ToDestination>,
+            ControlReceiver<ToSource>,
+            Welcome,
+        ),
+        MigrateError,
+    > {
+        let lost = |error| MigrateError::SessionLost(LinkError::Control(error));
+        let peer = self.to.to_string();
+        let (mut sender, mut receiver) = control::open(connection, &peer).await.map_err(lost)?;
+        let hello = Hello {
+            versions: SUPPORTED,
+            features: Features::supported(),
+            guest: self.guest.clone(),
+            migration: self.migration,
+            generation: self.generation,
+            session: number,
+            lanes: self.lanes,
+            connections: 1,
+            connection: 0,
+        };
+        sender
+            .send(&ToDestination::Hello(hello))
+            .await
+            .map_err(lost)?;
+        match receiver.recv().await.map_err(lost)? {
+            Some(ToSource::Welcome(welcome)) => {
+                self.check(&welcome, number)?;
+                Ok((sender, receiver, welcome))
+            }
+            Some(ToSource::Error(error)) => Err(MigrateError::Peer(error)),
+            Some(_) => Err(violation("another message came where Welcome was expected")),
+            None => Err(MigrateError::SessionLost(LinkError::Closed)),
+        }
+    }
+
+    fn check(&self, welcome: &Welcome, number: SessionNumber) -> Result<(), MigrateError> {
+        let speaks = SUPPORTED.min <= welcome.version && welcome.version <= SUPPORTED.max;
+        if !speaks || welcome.session != number {
+            return Err(violation(
+                "Welcome names a version or session that was not offered",
+            ));
+        }
+        tracing::info!(agent = %welcome.agent, register = %welcome.register, session = %number, "connected");
+        Ok(())
+    }
+}
+
+impl Session {
+    /// Register of the destination's state folder.
+    #[must_use]
+    pub const fn register(&self) -> RegisterId {
+        self.welcome.register
+    }
+
+    /// Name and version of the destination's program.
+    #[must_use]
+    pub fn agent(&self) -> &str {
+        &self.welcome.agent
+    }
+
+    /// Round-trip time as the transport sees it.
+    #[must_use]
+    pub fn rtt(&self) -> std::time::Duration {
+        self.connection.rtt()
+    }
+
+    /// Offers the guest. The answer, `Ready`, is read with [`next`](Self::next).
+    ///
+    /// # Errors
+    /// The link.
+    pub async fn offer(&mut self, spec: &GuestSpec) -> Result<(), LinkError> {
+        self.send(&ToDestination::Offer(Offer { spec: spec.clone() }))
+            .await
+    }
+
+    /// Opens the lanes, after `Ready`.
+    ///
+    /// # Errors
+    /// The link.
+    pub async fn open_lanes(
+        &mut self,
+        count: u8,
+        pacer: &Pacer,
+        counters: &Arc<LaneCounters>,
+    ) -> Result<(), LinkError> {
+        let mut senders = Vec::new();
+        for lane in (0..count).map(Lane) {
+            let opened = LaneSender::open(&self.connection, self.header, lane, &self.peer).await;
+            senders.push(opened.map_err(|error| LinkError::Lane(error.into()))?);
+        }
+        self.lanes = Some(Lanes::start(senders, pacer, counters, &self.failures));
+        Ok(())
+    }
+
+    /// The lanes, once they are open.
+    #[must_use]
+    pub const fn lanes(&self) -> Option<&Lanes> {
+        self.lanes.as_ref()
+    }
+
+    /// Sends a control message. Not cancel safe.
+    ///
+    /// # Errors
+    /// The link.
+    pub async fn send(&mut self, message: &ToDestination) -> Result<(), LinkError> {
+        self.sender.send(message).await.map_err(LinkError::Control)
+    }
+
+    /// Sends the device state on a stream of its own.
+    ///
+    /// # Errors
+    /// The link.
+    pub async fn send_device_state(
+        &mut self,
+        attempt: Attempt,
+        state: Bytes,
+    ) -> Result<(), LinkError> {
+        send_device_state(&self.connection, self.header, attempt, state, &self.peer)
+            .await
+            .map_err(|error| LinkError::Lane(error.into()))
+    }
+
+    /// What comes next on `session`: a message, or why there will be none. Waits for ever without a session. Cancel safe.
+    ///
+    /// # Errors
+    /// The link, a lane, or a peer that broke the protocol.
+    pub async fn next(session: Option<&mut Self>) -> Result<ToSource, LinkError> {
+        let Some(Self {
+            receiver, failed, ..
+        }) = session
+        else {
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            message = receiver.recv() => match message {
+                Ok(Some(message)) => Ok(message),
+                Ok(None) => Err(LinkError::Closed),
+                Err(error) => match error.to_wire() {
+                    Some(error) => Err(LinkError::Protocol(error)),
+                    None => Err(LinkError::Control(error)),
+                },
+            },
+            // The sending half is in the session, so there is always another one to wait for.
+            Some(failure) = failed.recv() => Err(LinkError::Lane(failure.error)),
+        }
+    }
+
+    /// Waits for the answer to [`offer`](Self::offer).
+    ///
+    /// # Errors
+    /// The link, or the destination's refusal.
+    pub async fn ready(&mut self) -> Result<Ready, MigrateError> {
+        match Self::next(Some(self)).await {
+            Ok(ToSource::Ready(ready)) => Ok(ready),
+            Ok(ToSource::Error(error)) => Err(MigrateError::Peer(error)),
+            Ok(_) => Err(violation("another message came where Ready was expected")),
+            Err(error) => Err(MigrateError::SessionLost(error)),
+        }
+    }
+
+    /// Closes in good order: what was sent is delivered first, for a bounded time.
+    pub async fn close(mut self) {
+        self.lanes = None;
+        self.sender.finish();
+        // The peer ends its side once it has read everything; a peer that does not is not waited for.
+        let drained = async { while let Ok(Some(_late)) = self.receiver.recv().await {} };
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(500), drained).await;
+        self.connection.close(0u32.into(), b"done");
+        let idle = self._endpoint.wait_idle();
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(500), idle).await;
+    }
+}
+
+fn violation(detail: &str) -> MigrateError {
+    MigrateError::Protocol(WireError::new(ErrorCode::ProtocolViolation, detail))
+}
