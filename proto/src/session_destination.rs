@@ -253,7 +253,9 @@ impl DestinationSession {
 
     fn on_final(&mut self, last: Final) -> Result<DestinationSessionEvent, ProtocolViolation> {
         let attempt = last.attempt;
-        if self.phase != (Phase::Opened { attempt }) {
+        // Once more after `Complete`, for what differed.
+        let due = [Phase::Opened { attempt }, Phase::Complete { attempt }];
+        if !due.contains(&self.phase) {
             return self.late(attempt, "Final");
         }
         if last.lanes.len() != self.lanes {
@@ -344,7 +346,7 @@ impl DestinationSession {
             Phase::Opening { .. } => ("OPENING", "Abort, Cancel or Error"),
             Phase::Opened { .. } => ("OPENED", "Final, Abort, Cancel or Error"),
             Phase::Final { .. } => ("FINAL", "Abort, Cancel or Error before Complete"),
-            Phase::Complete { .. } => ("COMPLETE", "DeviceState, Abort, Cancel or Error"),
+            Phase::Complete { .. } => ("COMPLETE", "DeviceState, Final, Abort, Cancel or Error"),
             Phase::State { .. } => ("STATE", "Abort, Cancel or Error before Prepared"),
             Phase::Prepared { .. } => {
                 ("PREPARED", "Commit, Query, Abort, Cancel, Goodbye or Error")

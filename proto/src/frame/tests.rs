@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::geometry::WINDOW_BLOCKS;
+use crate::ids::{Attempt, MigrationId, SessionNumber};
 
 const LANES: u8 = 4;
 
