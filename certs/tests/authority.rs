@@ -1,5 +1,7 @@
 //! What the command and the library leave on the disk, and what they refuse.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;

@@ -169,6 +169,29 @@ impl Encoder {
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         let zero = self.gather(blocks)?;
+        self.finish(blocks, zero, level)
+    }
+
+    /// As [`encode`](Self::encode), without a copy where no block is zero: `bytes` itself becomes the payload.
+    /// `blocks.bytes` is not looked at.
+    pub fn encode_owned(
+        &mut self,
+        blocks: &Blocks<'_>,
+        bytes: Vec<u8>,
+        level: Option<i32>,
+    ) -> Result<Encoded, CodecError> {
+        self.raw = bytes;
+        let zero = self.compact(blocks)?;
+        self.finish(blocks, zero, level)
+    }
+
+    /// Makes the frame of what is in `raw`.
+    fn finish(
+        &mut self,
+        blocks: &Blocks<'_>,
+        zero: WindowBits,
+        level: Option<i32>,
+    ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `gather` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
@@ -198,26 +221,16 @@ impl Encoder {
 
     /// Copies the non-zero blocks, one behind the other, into `raw`, and says which are zero.
     fn gather(&mut self, blocks: &Blocks<'_>) -> Result<WindowBits, CodecError> {
-        let window = blocks.window.window;
-        let present = blocks.read.or(&blocks.known_zero);
-        let expected = blocks.region.bytes_of(window, &blocks.read) as usize;
-        let inside = present.minus(&blocks.region.all_of(window)).is_empty();
-        if blocks.bytes.len() != expected || present.count() > MAX_FRAME_BLOCKS || !inside {
-            return Err(CodecError::Blocks {
-                expected,
-                got: blocks.bytes.len(),
-                count: present.count(),
-            });
-        }
+        check_blocks(blocks, blocks.bytes.len())?;
         let mut zero = blocks.known_zero.minus(&blocks.read);
         self.raw.clear();
         let mut rest = blocks.bytes;
         for block in blocks.read.iter() {
-            let len = blocks.region.block_len(window, block) as usize;
-            // Never too short: the sum of all lengths was compared above.
+            let len = blocks.region.block_len(blocks.window.window, block) as usize;
+            // Never too short: the sum of all lengths was compared.
             let (bytes, behind) = rest.split_at(len.min(rest.len()));
             rest = behind;
-            if ZERO_BLOCK.get(..bytes.len()) == Some(bytes) {
+            if is_zero(bytes) {
                 zero.insert(block);
             } else {
                 // With the first block that counts: frames of nothing but zeros need no buffer.
@@ -227,6 +240,28 @@ impl Encoder {
                 self.raw.extend_from_slice(bytes);
             }
         }
+        Ok(zero)
+    }
+
+    /// Moves the non-zero blocks of `raw` together, and says which are zero.
+    fn compact(&mut self, blocks: &Blocks<'_>) -> Result<WindowBits, CodecError> {
+        check_blocks(blocks, self.raw.len())?;
+        let mut zero = blocks.known_zero.minus(&blocks.read);
+        let (mut from, mut to) = (0, 0);
+        for block in blocks.read.iter() {
+            let len = blocks.region.block_len(blocks.window.window, block) as usize;
+            // Never past the end: the sum of all lengths was compared.
+            if self.raw.get(from..from + len).is_some_and(is_zero) {
+                zero.insert(block);
+            } else {
+                if from != to {
+                    self.raw.copy_within(from..from + len, to);
+                }
+                to += len;
+            }
+            from += len;
+        }
+        self.raw.truncate(to);
         Ok(zero)
     }
 
@@ -252,6 +287,26 @@ impl Encoder {
         // A buffer of just its length: what waits in queues is counted by payload.
         Ok(packed.map(Bytes::copy_from_slice))
     }
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    ZERO_BLOCK.get(..block.len()) == Some(block)
+}
+
+/// Whether `len` bytes are those of `blocks.read` and all blocks fit into one frame.
+fn check_blocks(blocks: &Blocks<'_>, len: usize) -> Result<(), CodecError> {
+    let window = blocks.window.window;
+    let present = blocks.read.or(&blocks.known_zero);
+    let expected = blocks.region.bytes_of(window, &blocks.read) as usize;
+    let inside = present.minus(&blocks.region.all_of(window)).is_empty();
+    if len == expected && present.count() <= MAX_FRAME_BLOCKS && inside {
+        return Ok(());
+    }
+    Err(CodecError::Blocks {
+        count: present.count(),
+        expected,
+        got: len,
+    })
 }
 
 fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
@@ -341,13 +396,15 @@ mod tests {
         let mut state = seed | 1;
         match kind {
             0 => vec![0; len],
-            1 => (0..len).map(|at| (at / 64) as u8 ^ (seed as u8)).collect(),
+            1 => (0..len)
+                .map(|at| (at / 64).to_le_bytes()[0] ^ seed.to_le_bytes()[0])
+                .collect(),
             _ => (0..len)
                 .map(|_| {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
-                    (state >> 32) as u8
+                    state.to_le_bytes()[4]
                 })
                 .collect(),
         }
@@ -384,6 +441,9 @@ mod tests {
             }
             let blocks = Blocks { window: WINDOW, region: REGION, read, known_zero, bytes: &bytes };
             let encoded = Encoder::new().encode(&blocks, level).unwrap();
+            let owned = Encoder::new().encode_owned(&Blocks { bytes: &[], ..blocks }, bytes.clone(), level).unwrap();
+            prop_assert_eq!(owned.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
+            prop_assert_eq!(&owned.payload, &encoded.payload);
             let header = encoded.header(FrameSeq(1));
             header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
             let decoded = Decoder::new().decode(&header, encoded.payload.clone()).unwrap();
@@ -535,6 +595,8 @@ mod tests {
         let mut encoder = Encoder::new();
         encoder.encode(&blocks(&bytes), None).unwrap();
         assert!(encoder.encode(&blocks(&bytes[1..]), None).is_err());
+        let short = bytes[1..].to_vec();
+        assert!(encoder.encode_owned(&blocks(&[]), short, None).is_err());
         let all = Blocks {
             read: WindowBits::EMPTY,
             known_zero: WindowBits::FULL,

@@ -133,6 +133,18 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
     text.parse().map(|Span(span)| span)
 }
 
+/// `1.5 GiB`.
+#[must_use]
+pub fn show_bytes(bytes: u64) -> String {
+    Size(bytes).to_string()
+}
+
+/// `12.3 ms`.
+#[must_use]
+pub fn show_duration(duration: Duration) -> String {
+    Span(duration).to_string()
+}
+
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];

@@ -1,7 +1,11 @@
 //! Tests of the local control socket: good and bad clients against a real server on a real socket.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use super::server::{MAX_CLIENTS, in_group};
 use super::*;
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::Notify;
 
 /// Answers `echo`, refuses `no`, waits for ever at `wait` and tells when that is dropped.
