@@ -275,7 +275,9 @@ impl DestinationSession {
         len: u64,
         digest: u128,
     ) -> Result<DestinationSessionEvent, ProtocolViolation> {
-        if self.phase != (Phase::Complete { attempt }) {
+        // It need not wait for `Complete`: a round trip of the guest's downtime. The load does.
+        let due = [Phase::Final { attempt }, Phase::Complete { attempt }];
+        if !due.contains(&self.phase) {
             return self.late(attempt, "DeviceState");
         }
         self.phase = Phase::State { attempt };

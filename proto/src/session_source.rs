@@ -64,7 +64,7 @@ pub enum SourceSessionEvent {
     Prepared(Prepared),
     /// Feed this to the handover machine as it is.
     Handover(SourceEvent),
-    /// An answer about an attempt that was given up: nothing to do.
+    /// An answer about an attempt that was given up, or one that was not waited for: nothing to do.
     Late,
     /// The peer gives up the session. Feed `SourceEvent::ConnectionLost` with it.
     PeerError(WireError),
@@ -276,6 +276,10 @@ impl SourceSession {
             };
             return Ok(SourceSessionEvent::Complete { attempt });
         }
+        if self.phase == (Phase::StateSent { attempt }) {
+            // The device state did not wait for it.
+            return Ok(SourceSessionEvent::Late);
+        }
         self.late(attempt, "Complete")
     }
 
@@ -319,7 +323,10 @@ impl SourceSession {
             Phase::Copying => ("COPYING", "Progress, Cancelled once asked for, or Error"),
             Phase::Opening { .. } => ("OPENING", "AttemptOpened, Outcome, Progress or Error"),
             Phase::Final { .. } => ("FINAL", "Digests, Complete, Outcome, Progress or Error"),
-            Phase::StateSent { .. } => ("STATE-SENT", "Prepared, Outcome, Progress or Error"),
+            Phase::StateSent { .. } => (
+                "STATE-SENT",
+                "Complete, Prepared, Outcome, Progress or Error",
+            ),
         };
         Err(ProtocolViolation {
             phase,
