@@ -40,7 +40,7 @@ impl Pair {
         let hello = Hello {
             versions: SUPPORTED,
             features: Features::supported(),
-            guest: "web-1".parse().unwrap(),
+            guest: "web-1".parse().expect("a guest name"),
             migration,
             generation: Generation(1),
             session: SessionNumber(1),
