@@ -23,6 +23,8 @@ const LANE_PRIORITY: i32 = 0;
 const DEVICE_STATE_PRIORITY: i32 = 50;
 /// Under a bandwidth limit payloads go in pieces, so that a second's figure is not off by a whole frame.
 const PACED_PIECE: usize = 32 << 10;
+/// IPv4 and UDP headers of a packet, which quinn does not count.
+const PACKET_HEADERS: u64 = 20 + 8;
 /// Most bytes of a device state that are taken from the transport at once.
 const STATE_PIECE: usize = 256 << 10;
 
@@ -129,6 +131,7 @@ async fn open_stream(
 #[derive(Debug)]
 pub struct LaneSender {
     stream: SendStream,
+    connection: Connection,
     peer: String,
     lane: Lane,
 }
@@ -147,6 +150,7 @@ impl LaneSender {
         };
         Ok(Self {
             stream: open_stream(connection, &header, LANE_PRIORITY, peer).await?,
+            connection: connection.clone(),
             peer: peer.to_owned(),
             lane,
         })
@@ -166,7 +170,7 @@ impl LaneSender {
         self.write(&mut [head, payload]).await
     }
 
-    /// As [`send`](Self::send), but asks `pacer` before each piece goes.
+    /// As [`send`](Self::send), but asks `pacer` before each piece goes and tells it what the connection carried.
     pub async fn send_paced(
         &mut self,
         header: &FrameHeader,
@@ -185,6 +189,11 @@ impl LaneSender {
             pacer.take(piece.len() as u64).await;
             self.write(&mut [piece]).await?;
         }
+        let sent = self.connection.stats().udp_tx;
+        pacer.on_wire(
+            self.connection.stable_id(),
+            sent.bytes + sent.datagrams * PACKET_HEADERS,
+        );
         Ok(())
     }
 

@@ -82,6 +82,9 @@ pub enum LinkError {
 const CRYPTO_BASE: u64 = 0x100;
 /// TLS alert `no_application_protocol`.
 const ALERT_NO_PROTOCOL: u64 = 120;
+/// TLS alerts about a certificate: bad, unsupported, revoked, expired, unknown, unknown CA, access denied, bad
+/// signature, required. Any other tells of a broken or foreign program.
+const CERTIFICATE_ALERTS: [u64; 9] = [42, 43, 44, 45, 46, 48, 49, 51, 116];
 
 impl LinkError {
     /// Reads quinn's error about the connection to `peer`.
@@ -91,24 +94,24 @@ impl LinkError {
         match error {
             ConnectionError::TransportError(error) => match alert(u64::from(error.code)) {
                 Some(ALERT_NO_PROTOCOL) => Self::NotVmferry { peer },
-                Some(_) => Self::PeerRefused {
+                Some(alert) if CERTIFICATE_ALERTS.contains(&alert) => Self::PeerRefused {
                     reason: refusal_here(&error.reason),
                     peer,
                 },
-                None => Self::Transport {
+                Some(_) | None => Self::Transport {
                     peer,
                     reason: error.to_string(),
                 },
             },
             ConnectionError::ConnectionClosed(close) => match alert(u64::from(close.error_code)) {
                 Some(ALERT_NO_PROTOCOL) => Self::NotVmferry { peer },
-                Some(alert) => Self::RefusedByPeer {
+                Some(alert) if CERTIFICATE_ALERTS.contains(&alert) => Self::RefusedByPeer {
                     reason: refusal_there(alert),
                     peer,
                 },
-                None => Self::Transport {
+                Some(_) | None => Self::Transport {
                     peer,
-                    reason: error.to_string(),
+                    reason: peer_text(error.to_string().as_bytes()),
                 },
             },
             ConnectionError::ApplicationClosed(close) => Self::ClosedByPeer {
@@ -208,6 +211,8 @@ fn refusal_here(reason: &str) -> String {
         "compare the clocks of both hosts"
     } else if reason.contains("not valid for name") || reason.contains("NotValidForName") {
         "connect to a name or address in its certificate, or issue it one with --address"
+    } else if reason.contains("InvalidPurpose") || reason.contains("extended key usage") {
+        "it is not meant for this role: issue it anew with `vmferry-certs issue`, which allows both"
     } else if reason.contains("UnknownIssuer") || reason.contains("BadSignature") {
         "it was issued by another CA than the ca.pem here"
     } else if reason.contains("sent no certificate") || reason.contains("peer sent no certificates")

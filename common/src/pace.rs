@@ -1,6 +1,7 @@
 //! The limit of `--max-bandwidth`: a token bucket that may be changed while it runs.
 //!
-//! Owns the arithmetic and the waiting; the caller says how many bytes go on the wire. The bucket runs
+//! Owns the arithmetic and the waiting; the caller says how many bytes it is about to send, and afterwards what
+//! the link really carried, headers and retransmissions included: the difference is paid back. The bucket runs
 //! into debt instead of splitting a frame: a taker larger than the bucket goes at once and the next waits
 //! until the debt is paid. Over any second the rate is exceeded by at most the burst, a fiftieth of a
 //! second's worth, or by one frame where that is larger.
@@ -36,7 +37,15 @@ struct State {
     /// Bytes that may go now; negative: debt.
     tokens: f64,
     filled: Instant,
+    /// Bytes seen on the wire less bytes taken, never above zero: more is paid back at once. What was taken and
+    /// has not gone yet is the rest.
+    balance: f64,
+    /// Last count of each link.
+    links: Vec<(usize, u64)>,
 }
+
+/// Links that are remembered: more than a session has connections.
+const MAX_LINKS: usize = 64;
 
 impl Pacer {
     /// With this limit, or none.
@@ -48,6 +57,8 @@ impl Pacer {
                     limit,
                     tokens: 0.0,
                     filled: Instant::now(),
+                    balance: 0.0,
+                    links: Vec::new(),
                 }),
                 changed: Notify::new(),
                 turn: tokio::sync::Mutex::new(()),
@@ -88,13 +99,19 @@ impl Pacer {
         }
     }
 
-    /// Accounts for bytes that went without asking: retransmissions and headers, as the connection's
-    /// statistics show them afterwards. Those who ask next wait the longer.
-    pub fn spend(&self, bytes: u64) {
+    /// Says that link `link` has carried `total` bytes so far. What went without asking (headers,
+    /// retransmissions) is paid back: those who ask next wait the longer. Of a later link
+    /// the first count is where it begins.
+    pub fn on_wire(&self, link: usize, total: u64) {
         let mut state = self.state();
         state.refill();
-        if state.limit.is_some() {
-            state.tokens -= as_f64(bytes);
+        let fresh = state.carried_since(link, total);
+        state.balance += as_f64(fresh);
+        if state.balance > 0.0 {
+            if state.limit.is_some() {
+                state.tokens -= state.balance;
+            }
+            state.balance = 0.0;
         }
     }
 
@@ -122,6 +139,26 @@ impl State {
         }
     }
 
+    /// Bytes that this link carried since its last count.
+    fn carried_since(&mut self, link: usize, total: u64) -> u64 {
+        if let Some((_, last)) = self.links.iter_mut().find(|(id, _)| *id == link) {
+            let fresh = total.saturating_sub(*last);
+            *last = total.max(*last);
+            return fresh;
+        }
+        if self.links.len() >= MAX_LINKS {
+            self.links.remove(0);
+        }
+        let first = self.links.is_empty();
+        self.links.push((link, total));
+        if first {
+            return total;
+        }
+        // What was taken for a link that is gone will never be seen.
+        self.balance = 0.0;
+        0
+    }
+
     /// Takes, or says how long to wait.
     fn try_take(&mut self, bytes: u64) -> Result<(), Duration> {
         self.refill();
@@ -130,6 +167,7 @@ impl State {
         };
         if self.tokens >= 0.0 {
             self.tokens -= as_f64(bytes);
+            self.balance -= as_f64(bytes);
             return Ok(());
         }
         let seconds = -self.tokens / as_f64(rate.0.max(1));
@@ -203,13 +241,42 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_went_without_asking_is_paid_back() {
+    async fn headers_and_retransmissions_count() {
+        let rate = 10_000_000;
+        let pacer = Pacer::new(Some(Rate(rate)));
+        let start = Instant::now();
+        let mut wire = 0;
+        let mut payload = 0;
+        while start.elapsed() < Duration::from_secs(10) {
+            pacer.take(32_768).await;
+            payload += 32_768;
+            // A tenth more goes on the wire, and the count lags behind by what waits in queues.
+            wire = (payload - 32_768) * 11 / 10;
+            pacer.on_wire(1, wire);
+        }
+        let carried = wire - 5_000_000;
+        assert!(
+            carried.abs_diff(rate * 10) <= rate * 10 * 3 / 100,
+            "{carried}"
+        );
+        // A second link of a new session begins at its own count.
+        pacer.on_wire(2, 1 << 40);
+        let before = Instant::now();
+        pacer.take(1).await;
+        assert!(before.elapsed() <= Duration::from_secs(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_taken_and_not_yet_seen_is_no_credit() {
         let pacer = Pacer::new(Some(Rate(1_000_000)));
-        pacer.spend(500_000);
+        pacer.on_wire(1, 0);
+        pacer.take(1_000_000).await;
+        pacer.on_wire(1, 1_500_000);
+        // Half a second's worth more than was asked for, behind the million.
         let before = Instant::now();
         pacer.take(1).await;
         let waited = before.elapsed();
-        assert!(waited >= Duration::from_millis(500), "{waited:?}");
+        assert!(waited >= Duration::from_millis(1_490), "{waited:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -232,6 +232,63 @@ async fn a_server_of_another_name_is_refused() {
     has(&there, &["refused this host's certificate"]);
 }
 
+/// An identity whose certificate allows one role only.
+fn one_role(pki: &Pki, name: &str, role: rcgen::ExtendedKeyUsagePurpose) -> Identity {
+    use rcgen::{CertificateParams, DnType, Issuer, KeyPair, SanType};
+    let ca = pki.dir.path().join("ca");
+    let ca_key = KeyPair::from_pem(&std::fs::read_to_string(ca.join("ca.key")).unwrap()).unwrap();
+    let ca_pem = std::fs::read_to_string(ca.join("ca.pem")).unwrap();
+    let issuer = Issuer::from_ca_cert_pem(&ca_pem, ca_key).unwrap();
+    let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+    params.distinguished_name.push(DnType::CommonName, name);
+    let loopback = SanType::IpAddress("127.0.0.1".parse().unwrap());
+    params.subject_alt_names.push(loopback);
+    params.extended_key_usages = vec![role];
+    let key = KeyPair::generate().unwrap();
+    let dir = pki.issue(name, &[], Validity::days(5).unwrap());
+    std::fs::write(
+        dir.join("cert.pem"),
+        params.signed_by(&key, &issuer).unwrap().pem(),
+    )
+    .unwrap();
+    std::fs::write(dir.join("key.pem"), key.serialize_pem()).unwrap();
+    Identity::read(&dir).unwrap()
+}
+
+#[tokio::test]
+async fn a_certificate_for_the_other_role_is_refused() {
+    use rcgen::ExtendedKeyUsagePurpose::{ClientAuth, ServerAuth};
+    let pki = Pki::new();
+    let (alpha, beta) = (
+        pki.identity("alpha", &[]),
+        pki.identity("beta", &["127.0.0.1"]),
+    );
+    let client_only = one_role(&pki, "gamma", ClientAuth);
+    let (here, there) = refused(&client_only, &alpha).await;
+    has(&here, &["was refused here", "not meant for this role"]);
+    has(&there, &["refused this host's certificate"]);
+    let server_only = one_role(&pki, "delta", ServerAuth);
+    let (here, there) = refused(&beta, &server_only).await;
+    has(&here, &["refused this host's certificate"]);
+    has(&there, &["was refused here", "not meant for this role"]);
+    assert!(
+        Identity::load(server_only.dir()).is_err(),
+        "told before connecting, too"
+    );
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_told() {
+    let pki = Pki::new();
+    let beta = pki.identity("beta", &[]);
+    let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let error = endpoint::bind_server(taken.local_addr().unwrap(), &beta, &tuning()).unwrap_err();
+    has(
+        &chain(&error),
+        &["cannot listen on UDP 127.0.0.1", "another agent"],
+    );
+}
+
 #[tokio::test]
 async fn a_client_without_a_certificate_is_refused() {
     let pki = Pki::new();
