@@ -1,0 +1,178 @@
+//! One task per lane: frames from the wire into the guest, strictly one after the other.
+//!
+//! Owns reading, checking, decoding and writing of frames. Does not own positions (`board`) nor coverage. Invariant:
+//! nothing is written for a frame whose header, payload and digest have not all been checked, and a frame is either
+//! written whole or, if its lane is stopped, not begun. A lane holds one frame at a time, so memory is bounded by the
+//! number of lanes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use vmferry_common::codec::{CodecError, Decoder};
+use vmferry_common::lanes::{LaneError, LaneReceiver};
+use vmferry_hypervisor::GuestError;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::frame::FrameHeader;
+use vmferry_proto::ids::{FrameSeq, Lane};
+
+use crate::board::Board;
+use crate::error::{chain, guest_to_wire};
+use crate::meter::Meter;
+use crate::session::SessionEvent;
+use crate::sink::{Sink, Target};
+
+/// Why a lane stopped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ApplyError {
+    /// The stream broke, or brought a header that breaks a rule.
+    #[error("the lane broke")]
+    Receive(#[source] LaneError),
+    /// The payload is not what the header says.
+    #[error("the payload of frame {seq} is wrong")]
+    Payload {
+        /// The frame.
+        seq: FrameSeq,
+        /// Why.
+        #[source]
+        source: CodecError,
+    },
+    /// The guest could not be written.
+    #[error("region {region} cannot be written")]
+    Write {
+        /// The region's name.
+        region: String,
+        /// Why.
+        #[source]
+        source: GuestError,
+    },
+}
+
+/// A lane stopped with an error.
+#[derive(Debug)]
+pub(crate) struct LaneFailed {
+    lane: Lane,
+    error: ApplyError,
+}
+
+/// What all lanes of a session share.
+#[derive(Debug, Clone)]
+pub(crate) struct LaneContext {
+    /// Where frames end up.
+    pub(crate) sink: Arc<Sink>,
+    /// Where positions are noted.
+    pub(crate) board: Arc<Board>,
+    /// Where bytes are counted.
+    pub(crate) meter: Arc<Meter>,
+    /// Ends every lane at its next frame boundary.
+    pub(crate) stop: CancellationToken,
+    /// Told of the error that ended a lane.
+    pub(crate) failures: mpsc::UnboundedSender<LaneFailed>,
+}
+
+impl LaneFailed {
+    /// What it means for the session; `None` where the connection broke, which the control stream tells better.
+    pub(crate) fn event(&self) -> Option<SessionEvent> {
+        match &self.error {
+            ApplyError::Receive(error) => error.to_wire().map(SessionEvent::Violation),
+            ApplyError::Payload { .. } => Some(SessionEvent::Violation(WireError::new(
+                ErrorCode::BadFrame,
+                format!("lane {}: {}", self.lane, chain(&self.error)),
+            ))),
+            ApplyError::Write { region, source } => {
+                let doing = format!("region {region} cannot be written");
+                Some(SessionEvent::WriteFailed(guest_to_wire(source, &doing)))
+            }
+        }
+    }
+}
+
+/// Starts the task of a lane. It ends when the stream ends, the context is stopped or a frame is wrong.
+pub(crate) fn spawn(receiver: LaneReceiver, context: LaneContext) -> JoinHandle<()> {
+    let applier = Applier {
+        receiver,
+        decoder: Decoder::new(),
+        context,
+    };
+    tokio::spawn(applier.run())
+}
+
+#[derive(Debug)]
+struct Applier {
+    receiver: LaneReceiver,
+    decoder: Decoder,
+    context: LaneContext,
+}
+
+impl Applier {
+    async fn run(mut self) {
+        if let Err(error) = self.apply_all().await {
+            let lane = self.receiver.lane();
+            // A session that is already gone no longer wants to know.
+            let _ = self.context.failures.send(LaneFailed { lane, error });
+        }
+    }
+
+    async fn apply_all(&mut self) -> Result<(), ApplyError> {
+        let stop = self.context.stop.clone();
+        loop {
+            // Dropping a half-read frame is right: a stopped lane is never read again, and what was not applied is not
+            // acknowledged.
+            let received = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                received = self.receiver.next() => received.map_err(ApplyError::Receive)?,
+            };
+            let Some((header, payload)) = received else {
+                return Ok(());
+            };
+            self.apply(&header, payload).await?;
+        }
+    }
+
+    async fn apply(&mut self, header: &FrameHeader, payload: Bytes) -> Result<(), ApplyError> {
+        let Self {
+            receiver,
+            decoder,
+            context,
+        } = self;
+        let LaneContext {
+            sink, board, meter, ..
+        } = context;
+        let data = decoder
+            .decode(header, payload)
+            .map_err(|source| ApplyError::Payload {
+                seq: header.seq,
+                source,
+            })?;
+        // The header was checked against the lengths of these very regions.
+        let Some(target) = sink.target(header.region) else {
+            return Ok(());
+        };
+        write(&target, header, &data)
+            .await
+            .map_err(|source| ApplyError::Write {
+                region: target.name.to_owned(),
+                source,
+            })?;
+        sink.note(header.region, header.window, &header.present);
+        meter.add(u64::from(header.payload_len) + FrameHeader::ENCODED_LEN as u64);
+        let bytes = target.len.bytes_of(header.window, &header.present);
+        board.note_applied(receiver.lane(), header.seq, target.kind, u64::from(bytes));
+        Ok(())
+    }
+}
+
+async fn write(target: &Target<'_>, header: &FrameHeader, data: &[u8]) -> Result<(), GuestError> {
+    let runs = header.data_runs(target.len);
+    if !runs.is_empty() {
+        target.writer.write(&runs, data).await?;
+    }
+    let zeros = header.zero_runs(target.len);
+    if !zeros.is_empty() {
+        target.writer.zero(&zeros).await?;
+    }
+    Ok(())
+}

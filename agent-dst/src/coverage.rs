@@ -1,0 +1,165 @@
+//! Which blocks of the guest have been accounted for: the completeness rule of the destination.
+//!
+//! Owns one bit set per region, tied to the incarnation of its copy: when a copy begins anew from nothing, so does its
+//! set. A copy is complete when every block of every region was received at least once, as data or as zero; the order
+//! of later copies is the lanes' affair.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vmferry_proto::geometry::{RegionBits, WindowBits, WindowIndex};
+use vmferry_proto::ids::{Incarnation, RegionId};
+use vmferry_proto::spec::GuestSpec;
+
+/// Blocks received, by region.
+#[derive(Debug)]
+pub(crate) struct Coverage {
+    regions: Vec<Mutex<Received>>,
+}
+
+#[derive(Debug)]
+struct Received {
+    name: String,
+    incarnation: Incarnation,
+    bits: RegionBits,
+}
+
+/// A block that nobody sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{missing} blocks of region {region} were never sent, the first of them block {block} of window {window}",
+    window = window.0
+)]
+pub(crate) struct Incomplete {
+    region: String,
+    window: WindowIndex,
+    block: u32,
+    missing: u64,
+}
+
+impl Coverage {
+    /// Nothing received yet of the guest `spec`, whose copies are `incarnations`.
+    pub(crate) fn new(spec: &GuestSpec, incarnations: &[Incarnation]) -> Self {
+        let regions = spec.regions.iter().zip(incarnations);
+        Self {
+            regions: regions
+                .map(|(region, incarnation)| {
+                    Mutex::new(Received {
+                        name: region.name.clone(),
+                        incarnation: *incarnation,
+                        bits: RegionBits::empty(region.len),
+                    })
+                })
+                .collect(),
+        }
+    }
+
+    /// Begins again with each region whose copy is a new one.
+    pub(crate) fn renew(&self, incarnations: &[Incarnation]) {
+        for (slot, incarnation) in self.regions.iter().zip(incarnations) {
+            let mut received = lock(slot);
+            if received.incarnation != *incarnation {
+                received.incarnation = *incarnation;
+                received.bits.clear();
+            }
+        }
+    }
+
+    /// Notes that `bits` of a window were received and written.
+    pub(crate) fn note(&self, region: RegionId, window: WindowIndex, bits: &WindowBits) {
+        if let Some(slot) = self.regions.get(usize::from(region.0)) {
+            lock(slot).bits.insert(window, bits);
+        }
+    }
+
+    /// Fails with the first region that has a block which was never received.
+    pub(crate) fn check(&self) -> Result<(), Incomplete> {
+        self.regions.iter().try_for_each(|slot| lock(slot).check())
+    }
+}
+
+impl Received {
+    fn check(&self) -> Result<(), Incomplete> {
+        let len = self.bits.region_len();
+        let gap = (0..self.bits.windows())
+            .map(WindowIndex)
+            .find_map(|window| {
+                let missing = len.all_of(window).minus(&self.bits.get(window));
+                let first = missing.iter().next();
+                first.map(|block| (window, block))
+            });
+        match gap {
+            None => Ok(()),
+            Some((window, block)) => Err(Incomplete {
+                region: self.name.clone(),
+                window,
+                block,
+                missing: len.blocks() - self.bits.count(),
+            }),
+        }
+    }
+}
+
+fn lock(slot: &Mutex<Received>) -> MutexGuard<'_, Received> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmferry_proto::geometry::{RegionLen, WINDOW_SIZE};
+    use vmferry_proto::spec::{RegionKind, RegionSpec, RunState};
+
+    use super::*;
+
+    fn spec(lens: &[u64]) -> GuestSpec {
+        GuestSpec {
+            name: "web-1".parse().unwrap(),
+            uuid: None,
+            driver: "sim".into(),
+            hypervisor_version: "1".into(),
+            machine: "sim".into(),
+            cpu_model: "sim".into(),
+            vcpus: 1,
+            run_state: RunState::Running,
+            regions: (0u16..)
+                .zip(lens)
+                .map(|(id, len)| RegionSpec {
+                    id: RegionId(id),
+                    name: format!("region-{id}"),
+                    kind: RegionKind::Memory,
+                    len: RegionLen(*len),
+                })
+                .collect(),
+            shared_disks: Vec::new(),
+            devices: Vec::new(),
+        }
+    }
+
+    const OLD: Incarnation = Incarnation::from_bytes([1; 16]);
+    const NEW: Incarnation = Incarnation::from_bytes([2; 16]);
+
+    #[test]
+    fn the_block_that_nobody_sent_is_named() {
+        let len = u64::from(WINDOW_SIZE) + 10_000;
+        let coverage = Coverage::new(&spec(&[4096, len]), &[OLD, OLD]);
+        coverage.note(RegionId(0), WindowIndex(0), &WindowBits::FULL);
+        coverage.note(RegionId(1), WindowIndex(0), &WindowBits::FULL);
+        coverage.note(RegionId(1), WindowIndex(1), &WindowBits::span(0, 2));
+        let gap = coverage.check().unwrap_err();
+        assert_eq!(
+            (gap.region.as_str(), gap.window.0, gap.block, gap.missing),
+            ("region-1", 1, 2, 1)
+        );
+        coverage.note(RegionId(1), WindowIndex(1), &WindowBits::FULL);
+        assert_eq!(coverage.check(), Ok(()));
+    }
+
+    #[test]
+    fn a_new_copy_of_a_region_begins_with_nothing() {
+        let coverage = Coverage::new(&spec(&[4096, 4096]), &[OLD, OLD]);
+        for region in 0..2 {
+            coverage.note(RegionId(region), WindowIndex(0), &WindowBits::FULL);
+        }
+        coverage.renew(&[OLD, NEW]);
+        assert_eq!(coverage.check().unwrap_err().region, "region-1");
+    }
+}
