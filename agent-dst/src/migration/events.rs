@@ -1,0 +1,366 @@
+//! What a migration does with what happens to it.
+//!
+//! Owns the reaction to requests, messages, losses and time. A message is either fed to the handover machine, which judges whether it
+//! is due, or belongs to the script of the attempt that is open. Whatever the peer does wrong ends the session with one
+//! coded error and, while that is still possible, the migration at this side.
+
+use vmferry_common::identity::PeerName;
+use vmferry_common::phase::Phase;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::handover::{DestinationEvent, admit};
+use vmferry_proto::ids::{Attempt, MigrationId};
+use vmferry_proto::message::{Offer, ResumePoint};
+use vmferry_proto::session_destination::DestinationSessionEvent;
+use vmferry_proto::spec::GuestSpec;
+
+use super::jobs::{Job, Then};
+use super::{Event, Migration, RETRY_AFTER, Request};
+use crate::receipt::{Order, ReceiptError, Received};
+use crate::session::{Opening, Session, SessionEvent};
+
+impl Migration {
+    pub(super) async fn on(&mut self, event: Event) {
+        match event {
+            Event::Request(Some(Request::Open(opening))) => self.on_open(*opening).await,
+            Event::Request(Some(Request::MakeWay {
+                migration,
+                sender,
+                answer,
+            })) => {
+                let stays = self.on_make_way(migration, &sender).await;
+                // The one who asked may have gone.
+                let _ = answer.send(stays);
+            }
+            Event::Request(Some(Request::ShutDown) | None) => self.on_shut_down().await,
+            Event::Session(event) => self.on_session(event).await,
+            Event::Received(received) => self.on_received(received).await,
+            Event::JobDone(done) => self.on_job_done(done).await,
+            Event::CopyGone(reason) => self.on_copy_gone(reason).await,
+            Event::KeepOver => self.on_keep_over().await,
+            Event::Retry => {
+                self.retry_at = None;
+                self.feed(DestinationEvent::Retry).await;
+            }
+        }
+    }
+
+    async fn on_open(&mut self, opening: Opening) {
+        if opening.hello.connection != 0 {
+            self.on_bind(opening);
+            return;
+        }
+        if self.shutting_down {
+            opening.refuse(&shutting_down());
+            return;
+        }
+        if let Err(error) = self.admit(&opening) {
+            opening.refuse(&error);
+            return;
+        }
+        // Whatever the older session still had in hand is settled before the newer one hears how far it came.
+        self.end_session(Some(&WireError::new(
+            ErrorCode::StaleSession,
+            "a newer session of this migration was opened",
+        )))
+        .await;
+        let session = opening.hello.session;
+        tracing::info!(guest = %opening.hello.guest, peer = %opening.peer, session = session.0, "session opened");
+        self.tracker.connected(session.0);
+        self.session = Some(Session::new(opening));
+        self.keep_until = None;
+        if std::mem::replace(&mut self.phase_hooks.negotiate, true) {
+            self.feed(DestinationEvent::SessionOpened { session }).await;
+        } else {
+            self.ask_hook(Phase::Negotiate, Then::OpenSession(session))
+                .await;
+        }
+    }
+
+    /// Whether this migration takes the session that is waiting. A copy that lost its source gives way to that source's next
+    /// migration: a source that forgot the old one cannot cancel it.
+    async fn on_make_way(
+        &mut self,
+        wanted: MigrationId,
+        sender: &PeerName,
+    ) -> Result<bool, WireError> {
+        let record = self.handover.record();
+        let connected = self.session.is_some();
+        if wanted == record.migration && (connected || !self.over) {
+            return Ok(true);
+        }
+        if self.over {
+            self.end_session(None).await;
+            return Ok(false);
+        }
+        if connected || self.handover.is_owned() || sender.as_str() != record.sender {
+            return Err(WireError::new(
+                ErrorCode::GuestBusy,
+                format!(
+                    "migration {} from {} holds guest {} here",
+                    record.migration, record.sender, record.guest
+                ),
+            ));
+        }
+        self.give_up(WireError::new(
+            ErrorCode::Cancelled,
+            format!("its source began a new migration, {wanted}"),
+        ))
+        .await;
+        Ok(false)
+    }
+
+    /// Whether a session of this migration may be let in.
+    fn admit(&self, opening: &Opening) -> Result<(), WireError> {
+        let record = self.handover.record();
+        let source = self.host.store.source(&opening.hello.guest)?;
+        let sender = opening.peer.as_str();
+        admit(&opening.hello, sender, source.as_ref(), Some(&record)).map(drop)
+    }
+
+    fn on_bind(&mut self, opening: Opening) {
+        let bound = match &mut self.session {
+            Some(session) => session.bind(&opening),
+            None => Err(WireError::new(
+                ErrorCode::ProtocolViolation,
+                "there is no session that this connection could belong to",
+            )),
+        };
+        match bound {
+            Ok(()) => self.welcome_further(&opening),
+            Err(error) => opening.refuse(&error),
+        }
+    }
+
+    async fn on_session(&mut self, event: SessionEvent) {
+        match event {
+            SessionEvent::Message(message) => self.on_message(*message).await,
+            SessionEvent::DeviceState(stream) => {
+                // A stream of an attempt that is over is dropped, which stops it.
+                if let Some(receipt) = &self.receipt
+                    && stream.device_state_of() == Some(receipt.attempt)
+                    && let Err(error) = receipt.stream(stream)
+                {
+                    self.on_violation(error).await;
+                }
+            }
+            SessionEvent::Violation(error) => self.on_violation(error).await,
+            SessionEvent::WriteFailed(error) => self.give_up(error).await,
+            SessionEvent::Lost(why) => {
+                tracing::info!(guest = %self.config.name, "session lost: {why}");
+                self.end_session(None).await;
+            }
+        }
+    }
+
+    async fn on_message(&mut self, message: DestinationSessionEvent) {
+        match message {
+            // It was read before the session was let in; the rules of the session let no second one through.
+            DestinationSessionEvent::Hello(_) | DestinationSessionEvent::Late => {}
+            DestinationSessionEvent::Offer(offer) => self.on_offer(offer).await,
+            DestinationSessionEvent::Converged => {
+                self.ask_hook(Phase::Converged, Then::Nothing).await;
+            }
+            DestinationSessionEvent::Final(order) => {
+                let attempt = order.attempt;
+                self.on_order(attempt, Order::Final(order)).await;
+            }
+            DestinationSessionEvent::DeviceState {
+                attempt,
+                len,
+                digest,
+            } => {
+                self.on_order(attempt, Order::DeviceState { len, digest })
+                    .await;
+            }
+            DestinationSessionEvent::Handover(event) => self.on_handover(event).await,
+            DestinationSessionEvent::Goodbye => {
+                tracing::info!(guest = %self.config.name, "the source parts");
+                self.end_session(None).await;
+            }
+            DestinationSessionEvent::PeerError(error) => {
+                tracing::warn!(guest = %self.config.name, code = %error.code, "the source cannot go on: {}", error.detail);
+                self.tracker.failed(error.to_string());
+                self.end_session(None).await;
+            }
+        }
+    }
+
+    async fn on_handover(&mut self, event: DestinationEvent) {
+        match &event {
+            DestinationEvent::OpenAttempt { attempt } => {
+                return self
+                    .ask_hook(Phase::Pause, Then::OpenAttempt(*attempt))
+                    .await;
+            }
+            DestinationEvent::Commit(_) => self.commit_began = Some(std::time::Instant::now()),
+            DestinationEvent::Abort { reason, .. } | DestinationEvent::Cancel { reason } => {
+                tracing::info!(guest = %self.config.name, code = %reason.code, "the source gives up: {}", reason.detail);
+                self.drop_receipt();
+            }
+            _ => {}
+        }
+        self.feed_peer(event).await;
+    }
+
+    async fn on_offer(&mut self, offer: Offer) {
+        let spec = offer.spec;
+        if spec.name != self.config.name {
+            let error = out_of_order(&format!("an offer of guest {}", spec.name));
+            self.on_violation(error).await;
+            return;
+        }
+        if let Some(before) = &self.spec
+            && !same_guest(before, &spec)
+        {
+            self.give_up(WireError::new(
+                ErrorCode::GuestChanged,
+                "the guest is not the one that this migration began with: begin a new migration",
+            ))
+            .await;
+            return;
+        }
+        if self.spec.is_none() {
+            self.spec = Some(std::sync::Arc::new(spec));
+        }
+        self.feed_peer(DestinationEvent::Offered).await;
+    }
+
+    /// `Final` and `DeviceState` belong to the attempt that is open; those of one that was aborted meanwhile are late, not wrong.
+    async fn on_order(&mut self, attempt: Attempt, order: Order) {
+        let queued = match &self.receipt {
+            Some(receipt) if receipt.attempt == attempt => receipt.order(order),
+            Some(_) | None if attempt <= self.handover.attempt() => Ok(()),
+            Some(_) | None => Err(out_of_order(&format!("the data of attempt {attempt}"))),
+        };
+        if let Err(error) = queued {
+            self.on_violation(error).await;
+        }
+    }
+
+    async fn on_received(&mut self, received: Result<Received, ReceiptError>) {
+        self.receipt = None;
+        match received {
+            Ok(received) => {
+                let (attempt, to) = (received.attempt, received.to);
+                self.received = Some(received);
+                self.feed_peer(DestinationEvent::StateReceived { attempt, to })
+                    .await;
+            }
+            Err(ReceiptError::Attempt(reason)) => {
+                tracing::warn!(guest = %self.config.name, "attempt failed: {reason}");
+                self.tracker.failed(reason.to_string());
+                self.feed(DestinationEvent::AttemptFailed { reason }).await;
+            }
+            Err(ReceiptError::Violation(error)) => self.on_violation(error).await,
+            Err(ReceiptError::Lost) => {}
+        }
+    }
+
+    async fn on_copy_gone(&mut self, reason: WireError) {
+        if self.handover.is_owned() {
+            // From here on it is the guest itself, which is its users' affair.
+            return;
+        }
+        self.feed(DestinationEvent::CopyLost {
+            reason: reason.clone(),
+        })
+        .await;
+        self.give_up(reason).await;
+    }
+
+    async fn on_keep_over(&mut self) {
+        self.keep_until = None;
+        if self.over {
+            return self.end_session(None).await;
+        }
+        let kept = vmferry_common::units::Span(self.host.keep);
+        self.give_up(WireError::new(
+            ErrorCode::TimedOut,
+            format!("the source did not come back within {kept}"),
+        ))
+        .await;
+    }
+
+    async fn on_shut_down(&mut self) {
+        self.shutting_down = true;
+        self.give_up(shutting_down()).await;
+        // What is owned stays; its source hears the outcome when it asks again.
+        self.end_session(None).await;
+        self.over |= self.handover.is_owned() || self.handover.is_ended();
+    }
+
+    /// The peer broke the protocol: it hears why, and the migration ends here while that is possible.
+    pub(super) async fn on_violation(&mut self, error: WireError) {
+        tracing::warn!(guest = %self.config.name, code = %error.code, "the source broke the protocol: {}", error.detail);
+        self.give_up(error).await;
+    }
+
+    /// Ends the migration from this side, if it is not owned, and the session with `error` in any case.
+    pub(super) async fn give_up(&mut self, error: WireError) {
+        self.drop_receipt();
+        self.tracker.failed(error.to_string());
+        if !self.handover.is_owned() && !self.handover.is_ended() {
+            self.feed(DestinationEvent::GiveUp {
+                reason: error.clone(),
+            })
+            .await;
+        }
+        self.end_session(Some(&error)).await;
+    }
+
+    /// Stops and drains the session, if there is one, remembers how far it came, and parts with it.
+    pub(super) async fn end_session(&mut self, last_word: Option<&WireError>) {
+        self.drop_receipt();
+        let Some(mut session) = self.session.take() else {
+            return;
+        };
+        if let Some(lanes) = session.halt().await {
+            self.resume = Some(ResumePoint {
+                session: session.number(),
+                lanes,
+            });
+        }
+        session.close(last_word);
+        self.tracker.disconnected();
+        self.keep_until = Some(tokio::time::Instant::now() + self.host.keep);
+        self.feed(DestinationEvent::ConnectionLost).await;
+    }
+
+    pub(super) fn drop_receipt(&mut self) {
+        self.receipt = None;
+        self.receiving = None;
+        self.received = None;
+    }
+
+    pub(super) fn retry_later(&mut self) {
+        self.retry_at = Some(tokio::time::Instant::now() + RETRY_AFTER);
+    }
+
+    /// Asks the hooks of `phase`, if there are any, and goes on with `then`.
+    pub(super) async fn ask_hook(&mut self, phase: Phase, then: Then) {
+        self.tracker.enter(phase);
+        if self.hooks.has(phase) {
+            self.jobs.push_back(Job::Hook { phase, then });
+        } else {
+            self.go_on(then).await;
+        }
+    }
+}
+
+/// Whether two offers are of one guest. Its run state may change while it is copied.
+fn same_guest(a: &GuestSpec, b: &GuestSpec) -> bool {
+    let mut b = b.clone();
+    b.run_state = a.run_state;
+    *a == b
+}
+
+fn out_of_order(what: &str) -> WireError {
+    WireError::new(ErrorCode::ProtocolViolation, format!("{what} is not due"))
+}
+
+fn shutting_down() -> WireError {
+    WireError::new(
+        ErrorCode::ShuttingDown,
+        "the destination agent is told to stop",
+    )
+}

@@ -1,0 +1,446 @@
+//! The waiting agent: accepts connections, lets them in, and hands each to the migration of its guest.
+//!
+//! Owns the endpoint, the table of migrations and the graceful stop. Invariant: a guest name has one migration at a
+//! time; a second one begins only when the first has ended and let go of the name.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{Connection, Endpoint, Incoming};
+use tokio::sync::{Mutex, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use vmferry_common::control;
+use vmferry_common::endpoint::{self, EndpointError, TransportTuning};
+use vmferry_common::identity::{Identity, PeerName};
+use vmferry_hypervisor::config::TargetConfig;
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::handover::{
+    Admission, CopyFound, DestinationFacts, DestinationHandover, DestinationRecord, admit,
+};
+use vmferry_proto::ids::GuestName;
+use vmferry_proto::message::Hello;
+use vmferry_proto::session_destination::{DestinationSession, DestinationSessionEvent};
+
+use crate::admission;
+use crate::error::chain;
+use crate::hooks::Hooks;
+use crate::host::Host;
+use crate::migration::{self, MigrationHandle, Parts, Request};
+use crate::session::{Opening, Outgoing};
+use crate::status::{MigrationStatus, Tracker};
+
+/// How long a peer may take to say `Hello`: it is the first thing that a source does.
+const HELLO_TIME: Duration = Duration::from_secs(10);
+/// How long a new migration waits for an ended one of the same guest to let go.
+const MAKE_WAY_TIME: Duration = Duration::from_secs(30);
+/// How long a stopping agent waits for its migrations to end.
+const STOP_TIME: Duration = Duration::from_secs(60);
+/// How long the last packets may take to leave.
+const IDLE_TIME: Duration = Duration::from_secs(5);
+
+/// A guest's place in the table: locked while a session of it is being let in.
+type Slot = Arc<Mutex<Option<MigrationHandle>>>;
+
+/// The waiting agent.
+#[derive(Debug)]
+pub struct Server {
+    host: Arc<Host>,
+    endpoint: Endpoint,
+    tuning: TransportTuning,
+    slots: std::sync::Mutex<HashMap<GuestName, Slot>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Server {
+    /// Listens on `listen`. Nothing is accepted before [`run`](Self::run).
+    pub(crate) fn bind(
+        host: Host,
+        listen: SocketAddr,
+        identity: &Identity,
+    ) -> Result<Self, EndpointError> {
+        let tuning = TransportTuning::default();
+        Ok(Self {
+            host: Arc::new(host),
+            endpoint: endpoint::bind_server(listen, identity, &tuning)?,
+            tuning,
+            slots: std::sync::Mutex::default(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The socket does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Ends [`run`](Self::run) in good order.
+    #[must_use]
+    pub fn stopper(&self) -> CancellationToken {
+        self.stop.clone()
+    }
+
+    /// Finishes what the journal says, then serves until stopped: migrations before their commit are told, those that
+    /// are owned are seen through.
+    pub async fn run(self: Arc<Self>) {
+        self.recover_all().await;
+        loop {
+            let incoming = tokio::select! {
+                () = self.stop.cancelled() => break,
+                incoming = self.endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else {
+                break;
+            };
+            let server = self.clone();
+            self.tasks
+                .spawn(async move { server.let_in(incoming).await });
+        }
+        self.wind_up().await;
+    }
+
+    /// All migrations that are under way, or have just ended, by name.
+    pub(crate) async fn statuses(&self) -> Vec<MigrationStatus> {
+        let mut slots: Vec<_> = {
+            let slots = self
+                .slots
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            slots
+                .iter()
+                .map(|(name, slot)| (name.clone(), slot.clone()))
+                .collect()
+        };
+        slots.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let mut statuses = Vec::new();
+        for (_, slot) in slots {
+            if let Some(handle) = &*slot.lock().await {
+                statuses.push(handle.tracker.status());
+            }
+        }
+        statuses
+    }
+
+    async fn let_in(&self, incoming: Incoming) {
+        let address = incoming.remote_address();
+        let (connection, peer) = match endpoint::accept(incoming, &self.tuning).await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%address, "connection refused: {}", chain(&error));
+                return;
+            }
+        };
+        match tokio::time::timeout(HELLO_TIME, read_hello(&connection, &peer)).await {
+            Ok(Ok(opening)) => self.admit(opening).await,
+            Ok(Err(why)) => {
+                tracing::warn!(%address, %peer, "no session: {why}");
+            }
+            Err(_) => {
+                tracing::warn!(%address, %peer, "no Hello within {} s", HELLO_TIME.as_secs());
+                let error = WireError::new(ErrorCode::TimedOut, "no Hello came in time");
+                control::close(&connection, &error);
+            }
+        }
+    }
+
+    async fn admit(&self, opening: Opening) {
+        let config = match admission::check(&opening.hello, &opening.peer, &self.host.guests) {
+            Ok(config) => config,
+            Err(error) => return opening.refuse(&error),
+        };
+        let slot = self.slot(&opening.hello.guest);
+        let mut slot = slot.lock().await;
+        if self.stop.is_cancelled() {
+            let error =
+                WireError::new(ErrorCode::ShuttingDown, "the destination agent is stopping");
+            return opening.refuse(&error);
+        }
+        if let Err(error) = make_way(&mut slot, &opening).await {
+            return opening.refuse(&error);
+        }
+        if slot.is_none() {
+            match self.begin(&opening.hello, &opening.peer, config) {
+                Ok(handle) => *slot = Some(handle),
+                Err(error) => return opening.refuse(&error),
+            }
+        }
+        if let Some(handle) = &*slot
+            && let Err(unsent) = handle.requests.try_send(Request::Open(Box::new(opening)))
+            && let Request::Open(opening) = unsent.into_inner()
+        {
+            let error =
+                WireError::new(ErrorCode::GuestBusy, "too many sessions at once: try again");
+            opening.refuse(&error);
+        }
+    }
+
+    fn slot(&self, guest: &GuestName) -> Slot {
+        let mut slots = self
+            .slots
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        slots.entry(guest.clone()).or_default().clone()
+    }
+
+    /// Begins the migration that `hello` speaks of, or goes on with it from the journal.
+    fn begin(
+        &self,
+        hello: &Hello,
+        peer: &PeerName,
+        config: TargetConfig,
+    ) -> Result<MigrationHandle, WireError> {
+        if hello.connection != 0 {
+            return Err(WireError::new(
+                ErrorCode::ProtocolViolation,
+                "there is no session that this connection could belong to",
+            ));
+        }
+        // The name is held before the records are read, so that nobody changes them in between.
+        let lock = self.host.store.lock(&hello.guest);
+        let lock = lock.map_err(|error| WireError::new(ErrorCode::GuestBusy, chain(&error)))?;
+        let record = self.host.store.destination(&hello.guest)?;
+        let source = self.host.store.source(&hello.guest)?;
+        let admission = admit(hello, peer.as_str(), source.as_ref(), record.as_ref())?;
+        match (admission, record) {
+            (Admission::Known, Some(record)) => Ok(self.resume(record, config, lock)),
+            (Admission::Known | Admission::New, _) => {
+                let facts = DestinationFacts {
+                    guest: hello.guest.clone(),
+                    migration: hello.migration,
+                    generation: hello.generation,
+                    sender: peer.as_str().to_owned(),
+                    register: self.host.register,
+                };
+                let handover = DestinationHandover::new(facts.clone());
+                Ok(self.spawn(&facts, config, lock, handover, None, Vec::new()))
+            }
+        }
+    }
+
+    /// Goes on with a migration from its record (`[HAND-7]`).
+    fn resume(
+        &self,
+        record: DestinationRecord,
+        config: TargetConfig,
+        lock: vmferry_common::state::GuestLock,
+    ) -> MigrationHandle {
+        let facts = DestinationFacts {
+            guest: record.guest.clone(),
+            migration: record.migration,
+            generation: record.generation,
+            sender: record.sender.clone(),
+            register: record.register,
+        };
+        let leftover = record.process.clone();
+        // Its memory cannot be taken in hand again, so whatever is there is replaced by a fresh copy.
+        let found = if leftover.is_some() {
+            CopyFound::Used
+        } else {
+            CopyFound::Missing
+        };
+        let (handover, actions) = DestinationHandover::recover(record, found);
+        self.spawn(&facts, config, lock, handover, leftover, actions)
+    }
+
+    fn spawn(
+        &self,
+        facts: &DestinationFacts,
+        config: TargetConfig,
+        lock: vmferry_common::state::GuestLock,
+        handover: DestinationHandover,
+        leftover: Option<vmferry_proto::handover::ProcessRecord>,
+        actions: Vec<vmferry_proto::handover::DestinationAction>,
+    ) -> MigrationHandle {
+        let (hooks, teller) = Hooks::new(self.host.hooks.clone(), facts);
+        let tracker = Arc::new(Tracker::new(MigrationStatus::begun(facts)));
+        let parts = Parts {
+            host: self.host.clone(),
+            config,
+            lock,
+            hooks,
+            teller,
+            tracker,
+            handover,
+            leftover,
+        };
+        migration::spawn(parts, actions)
+    }
+
+    /// Finishes what the journal says of guests that no agent is at work on.
+    async fn recover_all(&self) {
+        let guests = match self.host.store.guests() {
+            Ok(guests) => guests,
+            Err(error) => {
+                tracing::error!("the journal cannot be listed: {}", chain(&error));
+                return;
+            }
+        };
+        for guest in guests {
+            let slot = self.slot(&guest);
+            let mut slot = slot.lock().await;
+            match self.recover(&guest) {
+                Ok(handle) => *slot = handle,
+                Err(why) => {
+                    tracing::error!(%guest, "the journal's migration cannot be finished: {why}")
+                }
+            }
+        }
+    }
+
+    fn recover(&self, guest: &GuestName) -> Result<Option<MigrationHandle>, String> {
+        let record = self
+            .host
+            .store
+            .read_destination(guest)
+            .map_err(|error| chain(&error))?;
+        let Some(record) = record.filter(needs_work) else {
+            return Ok(None);
+        };
+        let config = match self.host.guests.find(guest) {
+            Ok(crate::config::Lookup::Found(config)) => *config,
+            Ok(crate::config::Lookup::Unknown { .. }) => {
+                return Err("its guest file is gone: put it back and restart the agent".to_owned());
+            }
+            Err(error) => return Err(chain(&error)),
+        };
+        let lock = self.host.store.lock(guest).map_err(|error| chain(&error))?;
+        tracing::info!(%guest, state = record.state.name(), "going on from the journal");
+        Ok(Some(self.resume(record, config, lock)))
+    }
+
+    /// Ends every migration that can be ended, waits for all, and closes the endpoint.
+    async fn wind_up(&self) {
+        tracing::info!("stopping: new sessions are refused");
+        self.endpoint.set_server_config(None);
+        let slots: Vec<Slot> = {
+            let slots = self
+                .slots
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+            slots.values().cloned().collect()
+        };
+        for slot in slots {
+            let handle = slot.lock().await.take();
+            if let Some(handle) = handle {
+                // A migration that has ended already needs not be told.
+                let _ = handle.requests.send(Request::ShutDown).await;
+                self.tasks.spawn(async move {
+                    log_join(handle.task.await);
+                });
+            }
+        }
+        self.tasks.close();
+        if tokio::time::timeout(STOP_TIME, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                "some migrations did not end within {} s",
+                STOP_TIME.as_secs()
+            );
+        }
+        // Each connection is closed by whoever said the last word on it, once that was read.
+        let _ = tokio::time::timeout(IDLE_TIME, self.endpoint.wait_idle()).await;
+        self.endpoint
+            .close(0u32.into(), b"the destination agent has stopped");
+        self.endpoint.wait_idle().await;
+    }
+}
+
+/// Makes sure that the migration in `slot`, if any, is the one that `opening` wants, or is gone.
+async fn make_way(slot: &mut Option<MigrationHandle>, opening: &Opening) -> Result<(), WireError> {
+    let Some(handle) = slot.as_mut() else {
+        return Ok(());
+    };
+    let (answer, answered) = oneshot::channel();
+    let wanted = Request::MakeWay {
+        migration: opening.hello.migration,
+        sender: opening.peer.clone(),
+        answer,
+    };
+    // A closed queue means that it has ended; so does an answer that never comes.
+    let stays = match handle.requests.send(wanted).await {
+        Ok(()) => answered.await.unwrap_or(Ok(false))?,
+        Err(_) => false,
+    };
+    if stays {
+        return Ok(());
+    }
+    match tokio::time::timeout(MAKE_WAY_TIME, &mut handle.task).await {
+        Ok(joined) => {
+            log_join(joined);
+            *slot = None;
+            Ok(())
+        }
+        Err(_) => Err(WireError::new(
+            ErrorCode::GuestBusy,
+            "the migration before this one is still being cleaned up: try again",
+        )),
+    }
+}
+
+fn log_join(joined: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = joined {
+        tracing::error!(%error, "a migration's task ended badly");
+    }
+}
+
+/// Whether an agent that starts has something to do for this record.
+fn needs_work(record: &DestinationRecord) -> bool {
+    use vmferry_proto::handover::DestinationState as State;
+    match &record.state {
+        State::Owned { started, .. } => !started,
+        State::Ended { .. } => record.process.as_ref().is_some_and(is_alive),
+        State::Receiving
+        | State::Opened { .. }
+        | State::Aborted { .. }
+        | State::Relinquished { .. } => true,
+    }
+}
+
+fn is_alive(process: &vmferry_proto::handover::ProcessRecord) -> bool {
+    // What cannot be told is looked at again when it is to be ended.
+    crate::process::identity(process).is_alive().unwrap_or(true)
+}
+
+/// Reads the first message, which must be `Hello`.
+async fn read_hello(connection: &Connection, peer: &PeerName) -> Result<Opening, String> {
+    let accepted = control::accept(connection, peer.as_str()).await;
+    let (sender, mut messages) = accepted.map_err(|error| chain(&error))?;
+    let mut order = DestinationSession::new();
+    let first = match messages.recv().await {
+        Ok(Some(message)) => order
+            .on_message(message)
+            .map_err(|violation| violation.to_wire()),
+        Ok(None) => return Err("the peer said nothing".to_owned()),
+        Err(error) => Err(match error.to_wire() {
+            Some(wire) => wire,
+            None => return Err(chain(&error)),
+        }),
+    };
+    let outgoing = Outgoing::start(sender, order);
+    let refusal = match first {
+        Ok(DestinationSessionEvent::Hello(hello)) => {
+            let (peer, connection) = (peer.clone(), connection.clone());
+            return Ok(Opening {
+                hello,
+                peer,
+                connection,
+                outgoing,
+                messages,
+            });
+        }
+        Ok(_) => WireError::new(ErrorCode::ProtocolViolation, "Hello must come first"),
+        Err(error) => error,
+    };
+    let why = refusal.to_string();
+    crate::session::refuse(outgoing, vec![connection.clone()], &refusal);
+    Err(why)
+}
