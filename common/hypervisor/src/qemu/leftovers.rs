@@ -6,11 +6,12 @@
 use serde_json::json;
 use vmferry_common::process::ProcessIdentity;
 
-use super::inventory;
+use super::inventory::{self, Machine};
 use super::names;
 use super::nbd_server::{left_sockets, remove_left};
 use super::qmp::{Qmp, QmpError};
 use crate::error::GuestError;
+use crate::memory::ProcessMemory;
 
 /// Removes every export, bitmap and descriptor set that is named as ours.
 pub(super) async fn remove(qmp: &Qmp, process: &ProcessIdentity) -> Result<(), GuestError> {
@@ -75,4 +76,44 @@ async fn remove_descriptor_sets(qmp: &Qmp) -> Result<(), QmpError> {
         }
     }
     Ok(())
+}
+
+/// Ends the memory tracking that an earlier agent left: the marks in QEMU name its descriptors.
+pub(super) async fn end_tracking(
+    qmp: &Qmp,
+    machine: &Machine,
+    memory: &mut ProcessMemory,
+) -> Result<(), GuestError> {
+    for (object, _) in &machine.objects {
+        let Some(descriptor) = names::marked_descriptor(object) else {
+            continue;
+        };
+        tracing::info!(
+            descriptor,
+            "ending the memory tracking that an earlier agent left"
+        );
+        match memory.resume_tracking(descriptor).await {
+            Ok(()) => memory.stop_tracking().await?,
+            // It was closed, and only the mark is left.
+            Err(error) => tracing::debug!(%error, descriptor, "no tracking behind the mark"),
+        }
+        unmark_tracking(qmp, object).await?;
+    }
+    Ok(())
+}
+
+/// Leaves a mark that names the tracking descriptor inside QEMU.
+pub(super) async fn mark_tracking(qmp: &Qmp, descriptor: i32) -> Result<(), QmpError> {
+    let arguments = json!({
+        "qom-type": "authz-simple", "id": names::tracking_mark(descriptor), "identity": "vmferry",
+    });
+    qmp.execute("object-add", arguments).await.map(drop)
+}
+
+/// Removes a mark; one that is not there is no error.
+pub(super) async fn unmark_tracking(qmp: &Qmp, object: &str) -> Result<(), QmpError> {
+    match qmp.execute("object-del", json!({ "id": object })).await {
+        Ok(_) | Err(QmpError::Refused { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
 }

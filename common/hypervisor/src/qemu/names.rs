@@ -31,3 +31,14 @@ pub(super) fn bitmap_export(region: RegionId, round: u64) -> String {
 pub(super) fn bitmap(region: RegionId, round: u64) -> String {
     format!("{PREFIX}bitmap{}-{round}", region.0)
 }
+
+/// Object without any function whose name tells a later agent which descriptor inside QEMU tracks its memory.
+pub(super) fn tracking_mark(descriptor: i32) -> String {
+    format!("{PREFIX}userfaultfd{descriptor}")
+}
+
+/// The descriptor that a mark names.
+pub(super) fn marked_descriptor(object: &str) -> Option<i32> {
+    let number = object.strip_prefix(PREFIX)?.strip_prefix("userfaultfd")?;
+    number.parse().ok()
+}

@@ -20,6 +20,7 @@ use super::describe;
 use super::inventory::{self, Layout, Machine, Obstacles};
 use super::leftovers;
 use super::link::Link;
+use super::names;
 use super::preflight;
 use super::qmp::{EventTally, Qmp, QmpError};
 use super::source_disks::SourceDisks;
@@ -45,6 +46,8 @@ pub struct QemuSource {
     layout: Layout,
     memory: ProcessMemory,
     disks: SourceDisks,
+    /// Object in QEMU that names the tracking descriptor.
+    tracking_mark: Option<String>,
     pause: Option<Pause>,
     released: bool,
 }
@@ -82,7 +85,9 @@ impl QemuSource {
         let spec = describe::spec(&config.name, &machine, &layout, run_state, shared);
         refusals.extend(preflight::too_large(&spec));
         describe::refuse("this guest cannot be migrated", &refusals)?;
-        let memory = ProcessMemory::attach(&link.identity(), describe::memory(&spec, &layout))?;
+        let blocks = describe::memory(&spec, &layout);
+        let mut memory = ProcessMemory::attach(&link.identity(), blocks)?;
+        leftovers::end_tracking(&link.qmp, &machine, &mut memory).await?;
         let disks = SourceDisks::new(describe::disks(&spec, &layout));
         Ok(Self {
             spec,
@@ -90,6 +95,7 @@ impl QemuSource {
             layout,
             memory,
             disks,
+            tracking_mark: None,
             pause: None,
             released: false,
         })
@@ -164,6 +170,21 @@ impl QemuSource {
         }
     }
 
+    /// The part of `resume` behind the permit.
+    pub(super) async fn resume_permitted(&mut self, to: RunState) -> Result<(), GuestError> {
+        let qmp = &self.link.qmp;
+        match to {
+            RunState::Running => {
+                qmp.execute_within("cont", json!({}), STOP_LIMIT).await?;
+            }
+            RunState::Paused => describe::activate_disks(qmp).await?,
+        }
+        if let Some(state) = self.pause.take().and_then(|pause| pause.state) {
+            state.remove(qmp).await;
+        }
+        Ok(())
+    }
+
     async fn state(&self) -> Result<RunState, GuestError> {
         self.link.check_alive()?;
         let status = inventory::status(&self.link.qmp).await?;
@@ -225,6 +246,10 @@ impl SourceGuest for QemuSource {
             stopped = ?started.stopped,
             "tracking the guest's writes"
         );
+        if self.tracking_mark.is_none() {
+            leftovers::mark_tracking(&self.link.qmp, started.descriptor).await?;
+            self.tracking_mark = Some(names::tracking_mark(started.descriptor));
+        }
         Ok(())
     }
 
@@ -233,7 +258,15 @@ impl SourceGuest for QemuSource {
         if let Some(state) = self.pause.as_mut().and_then(|pause| pause.state.take()) {
             state.remove(&self.link.qmp).await;
         }
-        let disks = self.disks.stop(&self.link.qmp).await;
+        let mark = match self.tracking_mark.take() {
+            Some(mark) => leftovers::unmark_tracking(&self.link.qmp, &mark).await,
+            None => Ok(()),
+        };
+        let disks = self
+            .disks
+            .stop(&self.link.qmp)
+            .await
+            .and(mark.map_err(GuestError::from));
         // A process that is gone holds nothing any more.
         match memory.and(disks) {
             Err(GuestError::Gone(_)) => Ok(()),
@@ -312,7 +345,7 @@ impl SourceGuest for QemuSource {
         let cleared = begun.elapsed();
         let live = !self.spec.shared_disks.is_empty();
         let pause = self.pause.as_mut().ok_or_else(not_paused_by_us)?;
-        let state = pause.state.take().ok_or_else(not_paused_by_us)?;
+        let state = pause.state.as_ref().ok_or_else(not_paused_by_us)?;
         let qmp = &self.link.qmp;
         let arguments = json!({ "filename": state.path(), "live": live });
         let (saved, status) = tokio::join!(
@@ -327,23 +360,15 @@ impl SourceGuest for QemuSource {
             command: "xen-save-devices-state".to_owned(),
             answer: error.to_string(),
         })?;
-        state.remove_later(qmp);
+        if let Some(state) = pause.state.take() {
+            state.remove_later(qmp);
+        }
         tracing::debug!(?cleared, ?saved_after, elapsed = ?begun.elapsed(), bytes = bytes.len(), "saved the device state");
         Ok(bytes)
     }
 
     async fn resume(&mut self, _permit: RunPermit, to: RunState) -> Result<(), GuestError> {
-        let qmp = &self.link.qmp;
-        match to {
-            RunState::Running => {
-                qmp.execute_within("cont", json!({}), STOP_LIMIT).await?;
-            }
-            RunState::Paused => describe::activate_disks(qmp).await?,
-        }
-        if let Some(state) = self.pause.take().and_then(|pause| pause.state) {
-            state.remove(qmp).await;
-        }
-        Ok(())
+        self.resume_permitted(to).await
     }
 
     async fn release(&mut self) -> Result<(), GuestError> {

@@ -259,25 +259,26 @@ impl SourceDisk {
 
     /// Dirty bytes in the enabled bitmap.
     async fn dirty_bytes(&self, qmp: &Qmp, nodes: Option<&[BlockNode]>) -> Result<u64, GuestError> {
-        let asked;
-        let nodes = match nodes {
-            Some(nodes) => nodes,
-            None => {
-                let arguments = json!({ "flat": true });
-                let answer = qmp.execute("query-named-block-nodes", arguments).await?;
-                asked = inventory::block_nodes(&answer)?;
-                &asked
-            }
-        };
         let name = names::bitmap(self.region, self.round);
-        let node = nodes.iter().find(|node| node.name == self.node);
-        let bitmap = node.and_then(|node| node.bitmaps.iter().find(|(known, _)| *known == name));
-        bitmap.map(|(_, count)| *count).ok_or_else(|| {
+        // A rotation within the pause is not in its listing.
+        if let Some(count) = nodes.and_then(|nodes| self.count_in(nodes, &name)) {
+            return Ok(count);
+        }
+        let arguments = json!({ "flat": true });
+        let answer = qmp.execute("query-named-block-nodes", arguments).await?;
+        let count = self.count_in(&inventory::block_nodes(&answer)?, &name);
+        count.ok_or_else(|| {
             GuestError::Touched(format!(
                 "bitmap {name} of block node {} is gone: somebody removed it or changed the disk; migrate again",
                 self.node
             ))
         })
+    }
+
+    fn count_in(&self, nodes: &[BlockNode], bitmap: &str) -> Option<u64> {
+        let node = nodes.iter().find(|node| node.name == self.node)?;
+        let found = node.bitmaps.iter().find(|(known, _)| known == bitmap)?;
+        Some(found.1)
     }
 
     /// Disables the enabled bitmap, adds the next one, and reads the disabled one.

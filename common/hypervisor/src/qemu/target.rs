@@ -82,6 +82,12 @@ impl QemuTarget {
         })
     }
 
+    /// What the source said of the guest.
+    #[must_use]
+    pub fn spec(&self) -> &GuestSpec {
+        &self.spec
+    }
+
     fn qmp(&self) -> &Qmp {
         &self.copy.link.qmp
     }
@@ -154,6 +160,27 @@ impl QemuTarget {
             | QmpError::Unexpected { .. }
             | QmpError::TimedOut { .. }
             | QmpError::Closed { .. } => StartError::MayHaveRun(error.into()),
+        }
+    }
+
+    /// The part of `start` behind the permit.
+    pub(super) async fn start_permitted(&mut self, to: RunState) -> Result<(), StartError> {
+        if self.stage != Stage::Loaded {
+            return Err(StartError::NeverRan(GuestError::Refused {
+                command: "start".to_owned(),
+                answer: "no device state was loaded".to_owned(),
+            }));
+        }
+        self.copy.link.check_alive().map_err(StartError::NeverRan)?;
+        match to {
+            RunState::Running => self.run().await,
+            RunState::Paused => {
+                self.copy.link.permit();
+                let activated = describe::activate_disks(self.qmp()).await;
+                activated.map_err(|error| StartError::NeverRan(error.into()))?;
+                self.stage = Stage::Started;
+                Ok(())
+            }
         }
     }
 
@@ -235,23 +262,7 @@ impl TargetGuest for QemuTarget {
     }
 
     async fn start(&mut self, _permit: RunPermit, to: RunState) -> Result<(), StartError> {
-        if self.stage != Stage::Loaded {
-            return Err(StartError::NeverRan(GuestError::Refused {
-                command: "start".to_owned(),
-                answer: "no device state was loaded".to_owned(),
-            }));
-        }
-        self.copy.link.check_alive().map_err(StartError::NeverRan)?;
-        match to {
-            RunState::Running => self.run().await,
-            RunState::Paused => {
-                self.copy.link.permit();
-                let activated = describe::activate_disks(self.qmp()).await;
-                activated.map_err(|error| StartError::NeverRan(error.into()))?;
-                self.stage = Stage::Started;
-                Ok(())
-            }
-        }
+        self.start_permitted(to).await
     }
 
     async fn discard(&mut self) -> Result<(), GuestError> {

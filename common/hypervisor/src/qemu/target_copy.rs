@@ -212,12 +212,14 @@ async fn connect_launched(path: &Path, launched: &Watched) -> Result<Qmp, GuestE
     loop {
         match Qmp::connect(path).await {
             Ok(qmp) => return Ok(qmp),
-            Err(error @ QmpError::Connect { .. }) if Instant::now() < deadline => {
+            // Also a connection that ends at once: a QEMU with a wrong option opens its socket and gives up.
+            Err(error) if Instant::now() < deadline && !matches!(error, QmpError::Busy { .. }) => {
                 tracing::trace!(%error, "QEMU is not there yet");
             }
             Err(error) => return Err(error.into()),
         }
         tokio::select! {
+            biased;
             how = launched.ended() => {
                 return Err(GuestError::Gone(format!("the QEMU that was launched did not come up: {how}")));
             }
