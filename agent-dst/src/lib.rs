@@ -24,6 +24,7 @@ mod admission;
 mod apply;
 mod board;
 pub mod cli;
+pub mod command;
 pub mod config;
 mod coverage;
 mod error;

@@ -17,7 +17,7 @@ use vmferry_common::endpoint::EndpointError;
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::{Identity, IdentityError};
 use vmferry_common::local::{Caller, CommandError, Commands, Events, LocalError, LocalServer};
-use vmferry_common::state::{StateDir, StateError};
+use vmferry_common::state::{StateDir, StateError, run_dir};
 use vmferry_proto::ids::GuestName;
 
 use crate::cli::ServeArgs;
@@ -27,10 +27,6 @@ use crate::server::Server;
 use crate::status::MigrationStatus;
 use crate::store::Store;
 
-/// State folder for which the sockets are under `/run/vmferry`.
-const DEFAULT_STATE: &str = "/var/lib/vmferry";
-/// Folder of the sockets of the default state folder.
-const DEFAULT_RUN: &str = "/run/vmferry";
 /// Control socket within the run folder.
 const SOCKET: &str = "dst.sock";
 /// How long one hook script may take: long enough for a storage or network change, short enough for a paused guest's
@@ -76,17 +72,6 @@ impl ServeError {
             Self::Guests(_) | Self::Identity(_) => 2,
             Self::State(_) | Self::Local(_) | Self::Endpoint(_) | Self::System { .. } => 1,
         }
-    }
-}
-
-/// Folder of the sockets and logs that belong to the state folder `state`.
-#[must_use]
-pub fn run_dir(state: &Path) -> PathBuf {
-    let default = state == Path::new(DEFAULT_STATE);
-    if default && std::fs::create_dir_all(DEFAULT_RUN).is_ok() {
-        PathBuf::from(DEFAULT_RUN)
-    } else {
-        state.join("run")
     }
 }
 

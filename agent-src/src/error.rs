@@ -90,6 +90,9 @@ pub enum LinkError {
     /// The destination closed the control stream without a word.
     #[error("the destination closed the control stream")]
     Closed,
+    /// An attempt was rolled back; the next one begins with a new session.
+    #[error("the attempt was rolled back")]
+    RolledBack,
     /// The destination does not answer.
     #[error("the destination accepted the connection but did not say Welcome")]
     NoWelcome,

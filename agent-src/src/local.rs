@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use vmferry_common::local::{Caller, CommandError, Commands, Events, LocalError, LocalServer};
+use vmferry_common::state::run_dir;
 
 /// Commands that wait for the migration to look; more than a few mean that somebody polls too fast.
 pub const QUEUE: usize = 32;
@@ -41,7 +42,7 @@ pub enum Command {
 /// The control socket of a guest's migration in this state folder.
 #[must_use]
 pub fn socket_path(state: &Path, guest: &str) -> PathBuf {
-    state.join("run").join(format!("{guest}.source.sock"))
+    run_dir(state).join(format!("{guest}.source.sock"))
 }
 
 /// Forwards SIGINT and SIGTERM as wishes.

@@ -260,6 +260,21 @@ fn random_bytes() -> Result<[u8; 16], StateError> {
     Ok(bytes)
 }
 
+/// State folder for which sockets and logs are under `/run/vmferry`.
+const DEFAULT_STATE: &str = "/var/lib/vmferry";
+/// Folder of the sockets and logs of the default state folder.
+const DEFAULT_RUN: &str = "/run/vmferry";
+
+/// Where the agents of this state folder keep sockets and logs: of the default one under /run, else beside the journals.
+#[must_use]
+pub fn run_dir(state: &Path) -> PathBuf {
+    if state == Path::new(DEFAULT_STATE) {
+        PathBuf::from(DEFAULT_RUN)
+    } else {
+        state.join("run")
+    }
+}
+
 /// A migration id that nobody else has.
 pub fn new_migration_id() -> Result<MigrationId, StateError> {
     random_bytes().map(MigrationId::from_bytes)

@@ -171,7 +171,7 @@ impl Migration {
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
         let ledger = Ledger::new(&spec.regions);
-        let stats = Stats::new(spec);
+        let stats = Stats::new(spec, options.verify);
         Ok(Self {
             life: guest.life(),
             readers,
@@ -316,11 +316,9 @@ impl Migration {
         self.progress
             .note(&format!("rolled back, trying again: {reason}"));
         self.phase = Phase::Copy;
-        self.stats.forget_evidence();
-        if self.session.is_none() {
-            return Err(MigrateError::SessionLost(LinkError::Closed));
-        }
-        Ok(())
+        // The destination may have halted its lanes for the load, so a new attempt begins with a new session (`[WIRE-14]`).
+        self.session = None;
+        Err(MigrateError::SessionLost(LinkError::RolledBack))
     }
 
     /// Ends the migration at this side for a reason that no new session mends.

@@ -8,6 +8,8 @@ use vmferry_common::units::Rate;
 use vmferry_proto::message::PrepareTiming;
 use vmferry_proto::spec::{GuestSpec, RegionKind};
 
+use super::verify::SAMPLE_STRIDE;
+use crate::cli::Verify;
 use crate::policy::{FixedCosts, PredictedDowntime, RoundStats};
 use crate::report::{DowntimeParts, Millis};
 
@@ -57,12 +59,12 @@ pub struct Stats {
 impl Stats {
     /// Nothing measured yet.
     #[must_use]
-    pub fn new(spec: &GuestSpec) -> Self {
+    pub fn new(spec: &GuestSpec, verify: Verify) -> Self {
         Self {
             rounds: Vec::new(),
             evidence_after: 0,
             prediction: None,
-            fixed: FixedCosts::default(),
+            fixed: priors(spec, verify),
             memory_bytes: spec.bytes(RegionKind::Memory),
             disk_bytes: spec.bytes(RegionKind::Disk),
             device_state_bytes: 0,
@@ -213,5 +215,30 @@ impl Stats {
 
     fn since_pause(&self) -> Duration {
         self.paused_at.map_or(Duration::ZERO, |at| at.elapsed())
+    }
+}
+
+/// What a cutover is expected to cost before anything was measured.
+fn priors(spec: &GuestSpec, verify: Verify) -> FixedCosts {
+    let bytes = spec.bytes(RegionKind::Memory) + spec.bytes(RegionKind::Disk);
+    let digested = match verify {
+        Verify::Off => 0,
+        Verify::Sample => bytes / u64::from(SAMPLE_STRIDE),
+        Verify::Full => bytes,
+    };
+    let fixed = FixedCosts {
+        verify: FixedCosts::verify_prior(digested),
+        ..FixedCosts::default()
+    };
+    if spec.driver != "sim" {
+        return fixed;
+    }
+    // The embedded guest has a few hundred bytes of state and answers within a step of its workload.
+    let quick = Duration::from_millis(1);
+    FixedCosts {
+        pause: quick,
+        state_save: quick,
+        state_load: quick,
+        ..fixed
     }
 }

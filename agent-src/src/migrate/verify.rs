@@ -20,7 +20,7 @@ use crate::cli::Verify;
 use crate::error::MigrateError;
 
 /// Of so many windows `--verify sample` compares one.
-const SAMPLE_STRIDE: u32 = 32;
+pub(super) const SAMPLE_STRIDE: u32 = 32;
 
 impl Migration {
     /// The windows whose digests this migration compares.
