@@ -16,7 +16,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vmferry_proto::ids::GuestName;
 
@@ -177,10 +178,10 @@ impl Hooks {
             phase,
             source,
         };
-        let mut child = spawn(script, phase, name).map_err(not_run)?;
+        let (mut child, says) = spawn(script, phase, name).map_err(not_run)?;
         // From here on the group is killed however this function is left.
         let mut group = Group::of(&child);
-        let (output, ended) = attend(&mut child, &mut group, input, self.limit).await;
+        let (output, ended) = attend(&mut child, &mut group, says, input, self.limit).await;
         drop(group);
         let words = last_line(&output);
         log_output(script, phase, &output);
@@ -212,29 +213,34 @@ enum Ended {
     TooLate,
 }
 
-fn spawn(script: &Path, phase: Phase, name: &GuestName) -> io::Result<Child> {
+/// Starts the script. Both its output streams are one pipe, so that its lines keep their order.
+fn spawn(script: &Path, phase: Phase, name: &GuestName) -> io::Result<(Child, pipe::Receiver)> {
+    let (reader, writer) = io::pipe()?;
     let mut command = Command::new(script);
     command
         .arg(name.as_str())
         .arg(phase.name())
         .current_dir("/")
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
         .process_group(0)
         .kill_on_drop(true);
-    command.spawn()
+    let child = command.spawn()?;
+    // With `command` this side's ends for writing go: the pipe ends with the script.
+    Ok((child, pipe::Receiver::from_owned_fd(reader.into())?))
 }
 
 /// Feeds the script, reads what it says, and waits for its end.
 async fn attend(
     child: &mut Child,
     group: &mut Group,
+    says: pipe::Receiver,
     input: &str,
     limit: Duration,
 ) -> (Vec<u8>, Ended) {
     let output = Mutex::new(Vec::new());
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let stdin = child.stdin.take();
     let feed = async {
         if let Some(mut stdin) = stdin {
             // A script that does not read its input is fine.
@@ -242,7 +248,7 @@ async fn attend(
         }
     };
     let talk = async {
-        tokio::join!(feed, collect(stdout, &output), collect(stderr, &output));
+        tokio::join!(feed, collect(says, &output));
     };
     tokio::pin!(talk);
     let wait = async {
@@ -268,13 +274,10 @@ async fn attend(
     (said.unwrap_or_default(), ended)
 }
 
-/// Reads to the end and keeps the last `MAX_OUTPUT` bytes of both streams.
-async fn collect(stream: Option<impl AsyncRead + Unpin>, output: &Mutex<Vec<u8>>) {
-    let Some(mut stream) = stream else {
-        return;
-    };
+/// Reads to the end and keeps the last `MAX_OUTPUT` bytes.
+async fn collect(mut says: pipe::Receiver, output: &Mutex<Vec<u8>>) {
     let mut chunk = [0; 4096];
-    while let Ok(len @ 1..) = stream.read(&mut chunk).await {
+    while let Ok(len @ 1..) = says.read(&mut chunk).await {
         let Ok(mut kept) = output.lock() else {
             return;
         };
@@ -417,7 +420,7 @@ mod tests {
                 pid_file.display()
             ),
         );
-        let error = hooks(dir.path(), Duration::from_secs(2))
+        let error = hooks(dir.path(), Duration::from_secs(5))
             .run(Phase::Copy, &web(), &json!({}))
             .await
             .unwrap_err();

@@ -169,17 +169,18 @@ async fn garbage_is_answered_and_long_lines_end_the_client() {
 #[tokio::test]
 async fn a_client_that_leaves_ends_its_command() {
     let running = start();
-    let mut stream = UnixStream::connect(&running.path).await.unwrap();
-    stream.write_all(b"{\"execute\":\"wait\"}\n").await.unwrap();
+    let calling = tokio::spawn({
+        let path = running.path.clone();
+        async move { call(&path, "wait", json!({}), LONG).await }
+    });
     running.sample.started.notified().await;
+    calling.abort();
+    running.sample.dropped.notified().await;
     let limit = Duration::from_millis(20);
     let error = call(&running.path, "wait", json!({}), limit)
         .await
         .unwrap_err();
     assert!(matches!(error, LocalError::TimedOut { .. }), "{error}");
-    running.sample.dropped.notified().await;
-    drop(stream);
-    running.sample.dropped.notified().await;
 }
 
 #[tokio::test]
