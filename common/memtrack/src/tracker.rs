@@ -291,10 +291,10 @@ const fn close_call(fd: i32) -> Call {
 
 /// Which pages a scan reports and arms; the module's text says why it differs.
 const fn arm_request(backing: Backing) -> ScanRequest {
-    let wanted = match backing {
-        // Asking for more than "written" makes the kernel look at each page by itself, and leave absent ones alone.
-        Backing::Anonymous => PAGE_IS_WRITTEN | PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-        Backing::Shared | Backing::Opaque => PAGE_IS_WRITTEN,
+    let anyof = match backing {
+        // Pages that are not there count as written for the kernel: without this they would get a marker each.
+        Backing::Anonymous => PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        Backing::Shared | Backing::Opaque => 0,
     };
     ScanRequest {
         flags: (PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC) as u64,
@@ -302,8 +302,8 @@ const fn arm_request(backing: Backing) -> ScanRequest {
         end: 0,
         inverted: 0,
         mask: PAGE_IS_WRITTEN as u64,
-        anyof: 0,
-        wanted: wanted as u64,
+        anyof: anyof as u64,
+        wanted: PAGE_IS_WRITTEN as u64,
     }
 }
 
