@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
-use vmferry_common::process::ProcessIdentity;
+use vmferry_common::process::{ProcessError, ProcessIdentity};
 
 use crate::error::GuestError;
 
@@ -156,19 +156,12 @@ fn open_pidfd(pid: u32) -> Result<AsyncFd<OwnedFd>, GuestError> {
 
 /// The identity of the process that has `pid` now.
 pub fn identify(pid: u32) -> Result<ProcessIdentity, GuestError> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = fs::read_to_string(&path).map_err(|_| GuestError::Gone(format!("process {pid}")))?;
-    // The name in field 2 may hold anything, so the fields are counted from its closing bracket.
-    let start_ticks = stat
-        .rsplit_once(')')
-        .and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok())
-        .ok_or_else(|| GuestError::Gone(format!("process {pid}")))?;
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map_err(|source| io_error("cannot read the boot id".to_owned(), source))?;
-    Ok(ProcessIdentity {
-        pid,
-        start_ticks,
-        boot_id: boot_id.trim().to_owned(),
+    ProcessIdentity::of(pid).map_err(|error| match error {
+        ProcessError::Gone { pid } => GuestError::Gone(format!("process {pid}")),
+        other @ (ProcessError::Proc { .. } | ProcessError::Format { .. }) => GuestError::Io {
+            what: format!("cannot identify process {pid}"),
+            source: io::Error::other(other),
+        },
     })
 }
 

@@ -12,6 +12,7 @@ pub mod launch;
 pub mod memory;
 pub mod open;
 pub mod qemu;
+pub mod sim;
 
 pub use error::GuestError;
 pub use guest::{

@@ -10,6 +10,7 @@ use crate::config::{DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{SourceGuest, TargetGuest};
 use crate::qemu::{QemuSource, QemuTarget};
+use crate::sim::{SimSource, SimTarget};
 
 /// What a destination driver needs of its agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,7 +23,7 @@ pub struct TargetOptions {
 pub async fn open_source(config: &SourceConfig) -> Result<Box<dyn SourceGuest>, GuestError> {
     match config.driver {
         DriverKind::Qemu => Ok(Box::new(QemuSource::attach(config).await?)),
-        DriverKind::Sim => Err(not_built_in(config.driver)),
+        DriverKind::Sim => Ok(Box::new(SimSource::attach(config).await?)),
     }
 }
 
@@ -34,13 +35,6 @@ pub async fn open_target(
 ) -> Result<Box<dyn TargetGuest>, GuestError> {
     match config.driver {
         DriverKind::Qemu => Ok(Box::new(QemuTarget::prepare(config, spec, options).await?)),
-        DriverKind::Sim => {
-            tracing::debug!(guest = %spec.name, run_dir = %options.run_dir.display(), "no driver");
-            Err(not_built_in(config.driver))
-        }
+        DriverKind::Sim => Ok(Box::new(SimTarget::prepare(config, spec, options).await?)),
     }
-}
-
-fn not_built_in(driver: DriverKind) -> GuestError {
-    GuestError::Config(format!("driver {driver:?} is not built into this agent"))
 }

@@ -135,13 +135,13 @@ fn stream(seed: u64, place: Place, entry: Entry) -> Random {
     Random(mix(seed ^ mix(index << 2 | tag) ^ u64::from(entry.0) << 32))
 }
 
-/// Words of two to nine letters, from a vocabulary of 256.
+/// Words of two to eight letters, from a vocabulary of 256.
 fn text(random: &mut Random, page: &mut Page) {
     let mut at = HEADER;
     while at < PAGE {
         for number in random.draw().to_le_bytes() {
             let letters = mix(u64::from(number)).to_le_bytes();
-            let len = (2 + usize::from(letters[7] % 8)).min(PAGE - at);
+            let len = (2 + usize::from(letters[7] % 7)).min(PAGE - at);
             for (to, letter) in page[at..at + len].iter_mut().zip(letters) {
                 *to = b'a' + letter % 26;
             }

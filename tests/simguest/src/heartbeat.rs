@@ -11,7 +11,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use vmferry_memtrack::process::monotonic_nanos;
 
 /// A listener that does not read for this long loses a beat, which is counted: the guest is not held longer.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -47,9 +47,7 @@ impl Heartbeat {
 
     /// Sends beat `number`.
     pub fn beat(&mut self, number: u64) {
-        let now = clock_gettime(ClockId::Monotonic);
-        let nanos = i128::from(now.tv_sec) * 1_000_000_000 + i128::from(now.tv_nsec);
-        let line = format!("{number} {nanos} {}\n", std::process::id());
+        let line = format!("{number} {} {}\n", monotonic_nanos(), std::process::id());
         let sent = match &mut self.sink {
             Sink::None => Ok(()),
             // One write each: lines of two processes do not mix in an appended file.

@@ -208,5 +208,8 @@ fn live(run: Run) -> anyhow::Result<()> {
     let orders = socket.serve().context("control socket")?;
     let mut machine = Machine::new(run.name, config.ram_kind, guest, heartbeat, !run.paused);
     println!("ready on {}", run.socket.display());
-    machine.live(&orders).context("the guest's disk failed")
+    let end = machine.live(&orders);
+    drop((machine, orders));
+    socket.close();
+    end.context("the guest's disk failed")
 }

@@ -4,10 +4,13 @@
 //! never reaches the machine.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use crate::machine::Order;
 use crate::protocol::{Failure, Line, Request};
@@ -15,12 +18,19 @@ use crate::protocol::{Failure, Line, Request};
 /// Longest line from a client: a CPU state is under 2 KiB.
 const MAX_LINE: u64 = 1 << 20;
 
+/// A client that does not read its answers for this long is given up.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// A bound control socket; its file goes with it.
 #[derive(Debug)]
 pub struct Socket {
     path: PathBuf,
     listener: UnixListener,
+    connections: Connections,
 }
+
+/// Each connection's stream and thread.
+type Connections = Arc<Mutex<Vec<(UnixStream, JoinHandle<()>)>>>;
 
 impl Socket {
     /// Binds `path`. A socket file that nobody listens on any more is replaced.
@@ -41,6 +51,7 @@ impl Socket {
         Ok(Self {
             path: path.to_owned(),
             listener: UnixListener::bind(path)?,
+            connections: Connections::default(),
         })
     }
 
@@ -48,13 +59,36 @@ impl Socket {
     pub fn serve(&self) -> io::Result<Receiver<Order>> {
         let (orders, receiver) = channel();
         let listener = self.listener.try_clone()?;
+        let connections = Arc::clone(&self.connections);
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let orders = orders.clone();
-                thread::spawn(move || talk(stream, &orders));
+                let Ok(ours) = stream.try_clone() else {
+                    continue;
+                };
+                let talking = thread::spawn(move || talk(stream, &orders));
+                let mut all = connections.lock().unwrap_or_else(PoisonError::into_inner);
+                all.retain(|(_, thread)| !thread.is_finished());
+                all.push((ours, talking));
             }
         });
         Ok(receiver)
+    }
+
+    /// Ends all connections after what was said to them has been sent. The machine must be gone: it
+    /// holds on to connections that want events.
+    pub fn close(self) {
+        let all = std::mem::take(
+            &mut *self
+                .connections
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for (stream, talking) in all {
+            // Wakes the thread that waits for the next command; a stream that is broken already needs no waking.
+            let _ = stream.shutdown(Shutdown::Read);
+            let _ = talking.join();
+        }
     }
 }
 
@@ -70,6 +104,9 @@ fn talk(stream: UnixStream, orders: &Sender<Order>) {
     let Ok(mut output) = stream.try_clone() else {
         return;
     };
+    if output.set_write_timeout(Some(PATIENCE)).is_err() {
+        return;
+    }
     let (lines, outgoing) = channel::<Line>();
     // One writer, so that an event never falls into the middle of an answer.
     let writer = thread::spawn(move || {
