@@ -25,19 +25,33 @@ pub(crate) struct Board {
 #[derive(Debug, Clone, Copy, Default)]
 struct Position {
     applied: FrameSeq,
-    /// Frames up to this one were covered by a flush.
-    covered: FrameSeq,
     /// The last frame that carried disk blocks.
     last_disk: FrameSeq,
+    /// A frame at or before the first disk frame that no flush covers yet.
+    unsafe_from: Option<FrameSeq>,
 }
 
 impl Position {
-    /// A lane without a disk frame above the last flush has nothing left to flush.
+    fn apply(&mut self, seq: FrameSeq, kind: RegionKind) {
+        self.applied = seq;
+        if kind == RegionKind::Disk {
+            self.last_disk = seq;
+            self.unsafe_from.get_or_insert(seq);
+        }
+    }
+
+    /// Everything up to `covered` was flushed. Which disk frame came next is not kept, so the one after it stands for it.
+    fn cover(&mut self, covered: FrameSeq) {
+        if self.unsafe_from.is_some_and(|first| first <= covered) {
+            self.unsafe_from = (self.last_disk > covered).then(|| covered.next());
+        }
+    }
+
+    /// Never goes back: `unsafe_from` is only set above what is applied, and only raised.
     fn flushed(&self) -> FrameSeq {
-        if self.last_disk <= self.covered {
-            self.applied
-        } else {
-            self.covered
+        match self.unsafe_from {
+            Some(first) => FrameSeq(first.0.saturating_sub(1)),
+            None => self.applied,
         }
     }
 }
@@ -68,9 +82,8 @@ impl Board {
         };
         {
             let mut position = lock(slot);
-            position.applied = seq;
+            position.apply(seq, kind);
             if kind == RegionKind::Disk {
-                position.last_disk = seq;
                 self.unflushed.fetch_add(bytes, Ordering::Relaxed);
             }
         }
@@ -107,8 +120,7 @@ impl Board {
     /// To be called when the flush that `mark` was taken for has ended well.
     pub(crate) fn end_flush(&self, mark: &FlushMark) {
         for (slot, seq) in self.lanes.iter().zip(&mark.0) {
-            let mut position = lock(slot);
-            position.covered = position.covered.max(*seq);
+            lock(slot).cover(*seq);
         }
         self.changes
             .send_modify(|count| *count = count.wrapping_add(1));
@@ -160,6 +172,22 @@ mod tests {
 
     fn flushed(board: &Board, lane: u8) -> u64 {
         board.positions()[usize::from(lane)].flushed.0
+    }
+
+    #[test]
+    fn what_was_flushed_stays_so_when_a_disk_frame_comes() {
+        let board = Board::new(1);
+        for seq in 1..=6 {
+            board.note_applied(Lane(0), FrameSeq(seq), RegionKind::Memory, 4096);
+        }
+        assert_eq!(flushed(&board, 0), 6);
+        board.note_applied(Lane(0), FrameSeq(7), RegionKind::Disk, 4096);
+        board.note_applied(Lane(0), FrameSeq(8), RegionKind::Memory, 4096);
+        assert_eq!(flushed(&board, 0), 6);
+        let mark = board.begin_flush();
+        board.note_applied(Lane(0), FrameSeq(9), RegionKind::Memory, 4096);
+        board.end_flush(&mark);
+        assert_eq!(flushed(&board, 0), 9);
     }
 
     #[test]
