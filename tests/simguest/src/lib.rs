@@ -7,6 +7,7 @@
 //! Does not own how it is migrated: the `sim` driver and `memtrack` do that from outside, as with any hypervisor.
 
 pub mod client;
+pub mod command;
 pub mod content;
 pub mod cpu;
 pub mod disk;
