@@ -2,4 +2,5 @@
 //!
 //! Owns harnesses only: nothing here is part of the product. Each module says what it plays.
 
+pub mod harness;
 pub mod lab;

@@ -1,0 +1,211 @@
+//! Hosts: each a folder with an identity, a state folder and guest files, on one machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use tempfile::TempDir;
+use vmferry_certs::{CertificateAuthority, HostRequest, Validity};
+
+use super::process::{Finished, Running};
+use super::role::{Programs, Role};
+
+/// How long an agent may take to come up.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long any migration of a test may take.
+const MIGRATE_LIMIT: Duration = Duration::from_secs(300);
+
+/// Some hosts with one certificate authority, in a folder that goes with them.
+#[derive(Debug)]
+pub struct Hosts {
+    dir: TempDir,
+    programs: Programs,
+    authority: CertificateAuthority,
+}
+
+/// One host.
+#[derive(Debug, Clone)]
+pub struct Host {
+    name: String,
+    dir: PathBuf,
+    programs: Programs,
+}
+
+/// A destination agent that listens.
+#[derive(Debug)]
+pub struct Agent {
+    /// Its process.
+    pub process: Running,
+    /// Its UDP port on 127.0.0.1.
+    pub port: u16,
+}
+
+impl Hosts {
+    /// No host yet.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn new(programs: Programs) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
+        let made = CertificateAuthority::create(&dir.path().join("ca"), Validity::days(30)?)?;
+        Ok(Self {
+            dir,
+            programs,
+            authority: made.authority,
+        })
+    }
+
+    /// The folder of all of them.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The certificate authority.
+    #[must_use]
+    pub const fn authority(&self) -> &CertificateAuthority {
+        &self.authority
+    }
+
+    /// A new host, reachable at 127.0.0.1.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn host(&self, name: &str) -> anyhow::Result<Host> {
+        let dir = self.dir.path().join(name);
+        for sub in ["guests", "logs", "hooks", "images"] {
+            fs::create_dir_all(dir.join(sub))?;
+        }
+        let request = HostRequest {
+            name: name.to_owned(),
+            addresses: vec!["127.0.0.1".parse()?, "localhost".parse()?],
+            validity: Validity::days(30)?,
+        };
+        self.authority.issue(&request, &dir.join("identity"))?;
+        Ok(Host {
+            name: name.to_owned(),
+            dir,
+            programs: self.programs.clone(),
+        })
+    }
+}
+
+impl Host {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A path in its folder.
+    #[must_use]
+    pub fn path(&self, sub: &str) -> PathBuf {
+        self.dir.join(sub)
+    }
+
+    /// The programs.
+    #[must_use]
+    pub const fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// Writes the guest file of `guest`.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn write_guest(&self, guest: &str, content: &toml::Table) -> anyhow::Result<PathBuf> {
+        let path = self.dir.join("guests").join(format!("{guest}.toml"));
+        fs::write(&path, toml::to_string(content)?).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
+    /// Starts the destination agent on a free port.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn serve(&self, more: &[&str]) -> anyhow::Result<Agent> {
+        self.serve_at(0, more)
+    }
+
+    /// Starts the destination agent on `port`; 0 for a free one.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn serve_at(&self, port: u16, more: &[&str]) -> anyhow::Result<Agent> {
+        let mut command = self.programs.command(Role::Destination);
+        command
+            .arg("serve")
+            .arg("--listen")
+            .arg(format!("127.0.0.1:{port}"));
+        command.arg("--identity").arg(self.path("identity"));
+        command.arg("--guests").arg(self.path("guests"));
+        command
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--hooks")
+            .arg(self.path("hooks"));
+        command.args(more);
+        let mut process = Running::start("vmferry-dst", command, &self.path("logs"))?;
+        let port = process.wait_for("listening", START_LIMIT, |out, _| {
+            let line = out.lines().find(|line| line.contains("127.0.0.1:"))?;
+            let digits: String = line
+                .split("127.0.0.1:")
+                .nth(1)?
+                .chars()
+                .take_while(char::is_ascii_digit)
+                .collect();
+            digits.parse().ok()
+        })?;
+        Ok(Agent { process, port })
+    }
+
+    /// Starts `vmferry-src migrate GUEST.toml --to 127.0.0.1:port --json`.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn start_migrate(&self, guest: &str, port: u16, more: &[&str]) -> anyhow::Result<Running> {
+        let mut command = self.programs.command(Role::Source);
+        command
+            .arg("migrate")
+            .arg(self.path("guests").join(format!("{guest}.toml")));
+        command.arg("--to").arg(format!("127.0.0.1:{port}"));
+        command.arg("--identity").arg(self.path("identity"));
+        command
+            .arg("--state")
+            .arg(self.path("state"))
+            .arg("--hooks")
+            .arg(self.path("hooks"));
+        command.arg("--json").args(more);
+        Running::start("vmferry-src", command, &self.path("logs"))
+    }
+
+    /// Migrates `guest` and waits for the end.
+    ///
+    /// # Errors
+    /// The program cannot be started or does not end.
+    pub fn migrate(&self, guest: &str, port: u16, more: &[&str]) -> anyhow::Result<Finished> {
+        self.start_migrate(guest, port, more)?.wait(MIGRATE_LIMIT)
+    }
+
+    /// Runs another verb of an agent (`status`, `cutover`, `owner`, …) on this host's state and waits.
+    ///
+    /// # Errors
+    /// The program cannot be started or does not end.
+    pub fn ask(
+        &self,
+        role: Role,
+        verb: &str,
+        guest: &str,
+        more: &[&str],
+    ) -> anyhow::Result<Finished> {
+        let mut command = self.programs.command(role);
+        command
+            .arg(verb)
+            .arg(guest)
+            .arg("--state")
+            .arg(self.path("state"))
+            .args(more);
+        Running::start(verb, command, &self.path("logs"))?.wait(MIGRATE_LIMIT)
+    }
+}

@@ -1,0 +1,13 @@
+//! Two hosts on one machine: folders, identities and agents as real processes.
+//!
+//! Owns what every test with both agents, the benchmarks and the demo need: a certificate authority, a folder per host, the
+//! destination agent, runs of the source agent. Processes are ended when their guard is dropped, by pid, and only those
+//! that were started here. Agents are the very command lines of the binaries: one executable plays all of them, see [`role`].
+
+pub mod hosts;
+pub mod process;
+pub mod role;
+pub mod sim;
+
+pub use hosts::{Host, Hosts};
+pub use process::{Finished, Running};

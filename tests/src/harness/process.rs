@@ -1,0 +1,174 @@
+//! Child processes with their output kept, ended when their guard goes.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A process that runs; killed when dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    name: String,
+    log: PathBuf,
+    out: PathBuf,
+}
+
+/// A process that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    /// How.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Running {
+    /// Starts `command` with stdout and stderr in files of `dir`.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn start(name: &str, mut command: Command, dir: &Path) -> anyhow::Result<Self> {
+        static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let log = dir.join(format!("{name}-{number}.err"));
+        let out = dir.join(format!("{name}-{number}.out"));
+        let open = |path: &Path| File::create(path).with_context(|| path.display().to_string());
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(open(&out)?)
+            .stderr(open(&log)?)
+            .spawn()
+            .with_context(|| format!("starting {name}"))?;
+        Ok(Self {
+            child,
+            name: name.to_owned(),
+            log,
+            out,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has said on standard error.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        read(&self.log)
+    }
+
+    /// What it has said on standard output.
+    #[must_use]
+    pub fn stdout(&self) -> String {
+        read(&self.out)
+    }
+
+    /// Waits until `found` sees what it wants in standard output and error.
+    ///
+    /// # Errors
+    /// The process ends first, or `limit` passes.
+    pub fn wait_for<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut found: impl FnMut(&str, &str) -> Option<T>,
+    ) -> anyhow::Result<T> {
+        let began = Instant::now();
+        loop {
+            if let Some(value) = found(&self.stdout(), &self.stderr()) {
+                return Ok(value);
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!(
+                    "{} ended ({status}) before {what}:\n{}",
+                    self.name,
+                    self.stderr()
+                );
+            }
+            if began.elapsed() > limit {
+                bail!(
+                    "{} did not come to {what} in {limit:?}:\n{}",
+                    self.name,
+                    self.stderr()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| io::Error::other("no pid"))?;
+        Ok(kill_process(pid, signal)?)
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// It does not come within `limit`.
+    pub fn wait(mut self, limit: Duration) -> anyhow::Result<Finished> {
+        let began = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if began.elapsed() > limit {
+                bail!("{} did not end in {limit:?}:\n{}", self.name, self.stderr());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        Ok(Finished {
+            status,
+            stdout: self.stdout(),
+            stderr: self.stderr(),
+        })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Finished {
+    /// The `--json` object that it printed last.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn json(&self) -> anyhow::Result<serde_json::Value> {
+        let line = self.stdout.lines().last().unwrap_or_default();
+        serde_json::from_str(line)
+            .with_context(|| format!("no JSON on stdout: {:?}\n{}", self.stdout, self.stderr))
+    }
+
+    /// Its exit code; -1 where a signal ended it.
+    #[must_use]
+    pub fn code(&self) -> i32 {
+        self.status.code().unwrap_or(-1)
+    }
+}
+
+fn read(path: &Path) -> String {
+    let mut bytes = Vec::new();
+    // What cannot be read yet is empty.
+    if let Ok(mut file) = File::open(path) {
+        let _ = file.read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
