@@ -275,11 +275,15 @@ fn cut(run: &Run, parts: &[Range<u64>], at: usize, found: &mut Vec<(usize, Memor
         if from >= to {
             break;
         }
-        // Both differences are within a run, whose length is 32 bits.
-        let place = at + (from - run.offset) as usize;
-        let len = (to - from) as usize;
+        let place = at + within_run(from - run.offset);
+        let len = within_run(to - from);
         found.push((place, MemoryRun { offset: from, len }));
     }
+}
+
+/// A length within a run, which has 32 bits.
+fn within_run(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 const fn run_end(run: &Run) -> u64 {
@@ -365,5 +369,55 @@ fn check_length(runs: &[Run], len: usize) -> Result<(), GuestError> {
             command: "memory access".to_owned(),
             answer: format!("{total} bytes named, {len} given"),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vmferry_proto::geometry::Run;
+
+    use super::{cut, spread};
+
+    /// Runs and populated parts of a region of 64 bytes.
+    fn places() -> impl Strategy<Value = (Vec<Run>, Vec<bool>)> {
+        let run = (0u64..64, 0u32..20).prop_map(|(offset, len)| Run {
+            offset,
+            len: len.min(64 - u32::try_from(offset).unwrap()),
+        });
+        let populated = prop::collection::vec(any::<bool>(), 64);
+        (prop::collection::vec(run, 0..6), populated)
+    }
+
+    proptest! {
+        #[test]
+        fn populated_parts_land_in_their_places_and_the_rest_is_zero((runs, populated) in places()) {
+            let mut parts: Vec<std::ops::Range<u64>> = Vec::new();
+            for at in (0u64..64).filter(|at| populated[usize::try_from(*at).unwrap()]) {
+                match parts.last_mut() {
+                    Some(part) if part.end == at => part.end += 1,
+                    _ => parts.push(at..at + 1),
+                }
+            }
+            let (mut found, mut expected) = (Vec::new(), Vec::new());
+            for run in &runs {
+                cut(run, &parts, expected.len(), &mut found);
+                let bytes = run.offset..run.offset + u64::from(run.len);
+                expected.extend(bytes.map(|at| {
+                    let byte = u8::try_from(at).unwrap();
+                    if populated[usize::from(byte)] { byte + 1 } else { 0 }
+                }));
+            }
+            let mut buf = vec![0xff; expected.len()];
+            let mut packed = 0;
+            for (_, run) in &found {
+                for at in run.offset..run.offset + run.len as u64 {
+                    buf[packed] = u8::try_from(at + 1).unwrap();
+                    packed += 1;
+                }
+            }
+            spread(&found, packed, &mut buf);
+            prop_assert_eq!(buf, expected);
+        }
     }
 }

@@ -11,6 +11,9 @@
 //! - shared: pages that are not mapped are reported and armed with markers too, since one may have been written, then
 //!   unmapped. Holes of the file, asked *after* the re-arm, are zero; data that became a hole is dirty and zero.
 //! - anything else: as shared, with nothing known to be zero.
+//!
+//! The one gap: a page of *shared* memory that was discarded (hole punched) and then only read again between two scans is
+//! neither a hole nor marked; it reads as zero here and is old in the copy. Only a comparison of the content finds it.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};

@@ -3,10 +3,22 @@
 //! The child is this test binary again, told by an environment variable to be a target; its commands come as
 //! lines on stdin.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::cast_sign_loss,
+    reason = "a test may panic, and its numbers are small"
+)]
+
 mod target;
 
 use std::fs;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use target::{Op, PAGE, Target};
@@ -18,6 +30,28 @@ use vmferry_memtrack::{
 #[test]
 fn target_entry() {
     target::run_if_asked();
+}
+
+/// Becomes an agent that tracks a target until it is killed, when asked to; an empty test otherwise.
+#[test]
+fn agent_entry() {
+    let Ok(job) = std::env::var(target::AGENT) else {
+        return;
+    };
+    let (pid, start) = job.split_once(' ').unwrap();
+    let handle = ProcessHandle::open(pid.parse().unwrap()).unwrap();
+    let range = MemoryRange {
+        start: start.parse().unwrap(),
+        len: target::PAGES * PAGE,
+    };
+    let memory = Arc::new(RemoteMemory::open(handle, &[range]).unwrap());
+    let mut tracker = Tracker::attach(memory).unwrap();
+    tracker.take_written(0).unwrap();
+    println!("tracking {}", tracker.target_fd());
+    loop {
+        tracker.take_written(0).unwrap();
+        println!("took");
+    }
 }
 
 fn open(target: &Target) -> Arc<RemoteMemory> {
@@ -76,7 +110,16 @@ fn no_write_is_missed(kind: &str, rounds: &[Vec<Op>]) {
     let mut mirror = Mirror(vec![u64::MAX; target::PAGES as usize]);
     let mut tracker = Tracker::attach(memory).unwrap();
     for ops in rounds {
+        let mut discarded = vec![false; target::PAGES as usize];
         for op in ops {
+            match *op {
+                // The one gap that the tracker's text names.
+                Op::Read(page) if kind == "memfd" && discarded[page as usize] => continue,
+                Op::Discard(first, count) => {
+                    discarded[first as usize..(first + count) as usize].fill(true);
+                }
+                Op::Read(_) | Op::Write(_) | Op::KernelWrite(_) => {}
+            }
             target.perform(*op, &mut oracle);
         }
         mirror.take(&mut tracker);
@@ -87,7 +130,7 @@ fn no_write_is_missed(kind: &str, rounds: &[Vec<Op>]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn no_write_to_anonymous_memory_is_missed(rounds in rounds()) {
@@ -355,4 +398,115 @@ fn many_runs_are_read_and_written_at_once() {
         assert_eq!(between, [0, 0, 0, 0]);
         target.quit();
     }
+}
+
+/// Starts an agent for `target` and returns it with what it prints.
+fn start_agent(target: &Target) -> (Child, BufReader<ChildStdout>) {
+    let mut agent = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "agent_entry", "--nocapture", "--test-threads=1"])
+        .env(
+            target::AGENT,
+            format!("{} {}", target.pid(), target.range().start),
+        )
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let output = BufReader::new(agent.stdout.take().unwrap());
+    (agent, output)
+}
+
+#[test]
+fn a_killed_agent_harms_nothing_and_its_marks_are_found() {
+    for kind in ["anon", "memfd"] {
+        let mut target = Target::start(kind);
+        let mut oracle = vec![0; target::PAGES as usize];
+        for page in 0..target::PAGES {
+            target.perform(Op::Write(page), &mut oracle);
+        }
+        let (mut agent, output) = start_agent(&target);
+        let fd = output
+            .lines()
+            .find_map(|line| line.unwrap().split_once("tracking ")?.1.parse::<i32>().ok())
+            .unwrap();
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        for page in [5, 6, 1000] {
+            target.perform(Op::Write(page), &mut oracle);
+        }
+        let mut tracker = Tracker::reattach(open(&target), fd).unwrap();
+        let scan = tracker.take_written(0).unwrap();
+        for page in [5, 6, 1000] {
+            assert!(scan.written.contains(page), "{kind}: page {page}");
+        }
+        assert!(scan.written.count() < target::PAGES / 2, "{kind}");
+        tracker.detach().unwrap();
+        target.quit();
+    }
+}
+
+/// An agent that dies at any moment of the attach, the injection included: the target goes on, and a new one can attach.
+#[test]
+fn an_agent_killed_while_it_attaches_harms_nothing() {
+    let mut target = Target::start("anon");
+    let mut oracle = vec![0; target::PAGES as usize];
+    for step in 0..40u64 {
+        let (mut agent, _output) = start_agent(&target);
+        std::thread::sleep(Duration::from_micros(step * 300));
+        agent.kill().unwrap();
+        agent.wait().unwrap();
+        for page in 0..8 {
+            target.perform(Op::Write(page), &mut oracle);
+            target.perform(Op::KernelWrite(page), &mut oracle);
+        }
+    }
+    // A killed agent's helper may be at its work for a moment longer, and its registration stays with the process.
+    let leftover = fs::read_dir(format!("/proc/{}/fd", target.pid()))
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|link| link.to_string_lossy().contains("userfaultfd"))
+        .count();
+    eprintln!("{leftover} descriptors were left by killed agents");
+    for page in 0..8 {
+        target.perform(Op::Read(page), &mut oracle);
+    }
+    target.quit();
+}
+
+#[test]
+fn a_target_in_user_code_and_under_a_storm_of_signals_is_tracked() {
+    let mut target = Target::start("anon");
+    let (flag, counter, value) = (5, 6, 99u64);
+    target.spin(flag, value);
+    let pid = rustix::process::Pid::from_raw(target.pid() as i32).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let storm = {
+        let stop = Arc::clone(&stop);
+        std::thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // Ignored by default, but seen by a tracer.
+                rustix::process::kill_process(pid, rustix::process::Signal::WINCH).unwrap();
+                std::thread::sleep(Duration::from_micros(20));
+            }
+        })
+    };
+    let mut last = 0;
+    for _ in 0..100 {
+        let mut tracker = Tracker::attach(open(&target)).unwrap();
+        tracker.take_written(0).unwrap();
+        let now = word(tracker.memory(), counter);
+        assert!(now >= last);
+        last = now;
+        tracker.detach().unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    storm.join().unwrap();
+    let memory = open(&target);
+    let run = MemoryRun {
+        offset: flag * PAGE,
+        len: 8,
+    };
+    memory.write(0, &[run], &value.to_le_bytes()).unwrap();
+    target.spun();
+    target.quit();
 }

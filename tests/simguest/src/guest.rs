@@ -291,8 +291,10 @@ impl Guest {
         // An entry from `next` always has a kind.
         let _ = content::fill(cpu.seed, place, new, &mut page);
         self.store(place, &page)?;
-        let table = self.layout.entry_at(place) as usize;
-        self.ram.write(table, &new.0.to_le_bytes());
+        self.ram.write(
+            ram_offset(self.layout.entry_at(place)),
+            &new.0.to_le_bytes(),
+        );
         cpu.account(place, old, new, seen);
         Ok(())
     }
@@ -319,14 +321,14 @@ impl Guest {
     fn entry(&self, place: Place) -> Entry {
         let mut bytes = [0; 4];
         self.ram
-            .read(self.layout.entry_at(place) as usize, &mut bytes);
+            .read(ram_offset(self.layout.entry_at(place)), &mut bytes);
         Entry(u32::from_le_bytes(bytes))
     }
 
     fn load(&self, place: Place, page: &mut Page) -> io::Result<()> {
         match (place, &self.disk) {
             (Place::Memory(index), _) => {
-                self.ram.read(index as usize * PAGE, page);
+                self.ram.read(ram_offset(index * PAGE as u64), page);
                 Ok(())
             }
             (Place::Disk(block), Some(disk)) => disk.read(block, page),
@@ -337,7 +339,7 @@ impl Guest {
     fn store(&mut self, place: Place, page: &Page) -> io::Result<()> {
         match (place, &mut self.disk) {
             (Place::Memory(index), _) => {
-                self.ram.write(index as usize * PAGE, page);
+                self.ram.write(ram_offset(index * PAGE as u64), page);
                 Ok(())
             }
             (Place::Disk(block), Some(disk)) => disk.write(block, page),
@@ -392,12 +394,17 @@ impl Guest {
             verdict.complain("a page of the tables has an entry".to_owned());
         }
         let used = (pages + blocks) * ENTRY;
-        let mut rest = vec![0; (first * PAGE as u64 - used) as usize];
-        self.ram.read(used as usize, &mut rest);
+        let mut rest = vec![0; ram_offset(first * PAGE as u64 - used)];
+        self.ram.read(ram_offset(used), &mut rest);
         if rest.iter().any(|byte| *byte != 0) {
             verdict.complain("the space behind the tables is not zero".to_owned());
         }
     }
+}
+
+/// An offset in RAM; one that no address space holds becomes one that the mapping refuses.
+fn ram_offset(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
 }
 
 /// A CPU state that this guest cannot take.

@@ -200,13 +200,14 @@ mod tests {
     async fn zeroes_leave_holes_and_old_data_is_gone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("disk");
-        let len = 1 << 20;
-        std::fs::write(&path, vec![7u8; len as usize]).unwrap();
+        const SIZE: u32 = 1 << 20;
+        let len = u64::from(SIZE);
+        std::fs::write(&path, vec![7u8; SIZE as usize]).unwrap();
         let disk = DiskFile::open(&path, len, true).unwrap();
         assert!(disk.holes().unwrap().is_empty());
         let all = Run {
             offset: 0,
-            len: len as u32,
+            len: SIZE,
         };
         disk.zero(&[all]).await.unwrap();
         disk.write(
@@ -219,7 +220,7 @@ mod tests {
         .await
         .unwrap();
         disk.flush().await.unwrap();
-        let mut bytes = vec![1; len as usize];
+        let mut bytes = vec![1; SIZE as usize];
         disk.read(&[all], &mut bytes).await.unwrap();
         let wrong = bytes
             .iter()

@@ -277,7 +277,7 @@ impl SourceGuest for SimSource {
         match self.client.tell("quit", None).await {
             Ok(()) | Err(GuestError::Gone(_) | GuestError::Io { .. }) => {}
             Err(error) => {
-                tracing::warn!(guest = %self.spec.name, %error, "the guest did not take its quit")
+                tracing::warn!(guest = %self.spec.name, %error, "the guest did not take its quit");
             }
         }
         if tokio::time::timeout(QUIT_LIMIT, self.process.ended())

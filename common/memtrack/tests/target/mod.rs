@@ -10,6 +10,9 @@ pub(crate) const PAGE: u64 = 4096;
 /// Pages of the target's memory: 8 MiB, so that whole page tables can be discarded.
 pub(crate) const PAGES: u64 = 2048;
 
+/// Tells this test binary to be an agent: a pid, an address.
+pub(crate) const AGENT: &str = "VMFERRY_MEMTRACK_TEST_AGENT";
+
 const ROLE: &str = "VMFERRY_MEMTRACK_TEST_TARGET";
 
 /// Something the target does to a page.
@@ -89,6 +92,17 @@ impl Target {
         assert_eq!(self.answer("did "), line);
     }
 
+    /// Has it spin without a system call, counting in the page after `page`, until `value` is found in `page`.
+    pub(crate) fn spin(&mut self, page: u64, value: u64) {
+        writeln!(self.stdin, "spin {page} {value}").unwrap();
+        self.answer("spinning");
+    }
+
+    /// Waits until it is done with spinning.
+    pub(crate) fn spun(&mut self) {
+        assert!(self.answer("did ").starts_with("spin"));
+    }
+
     /// Ends it; it must still be well.
     pub(crate) fn quit(mut self) {
         writeln!(self.stdin, "quit 0 0").unwrap();
@@ -145,6 +159,17 @@ pub(crate) fn run_if_asked() {
                 assert_eq!(u64::from_le_bytes(bytes), value);
             }
             "discard" => ram.discard(at, value as usize * PAGE as usize).unwrap(),
+            // Without a system call, until somebody writes to its memory from outside.
+            "spin" => {
+                println!("spinning");
+                let mut bytes = [0; 8];
+                let mut turns = 0u64;
+                while bytes != value.to_le_bytes() {
+                    turns += 1;
+                    ram.write(at + PAGE as usize, &turns.to_le_bytes());
+                    ram.read(at, std::hint::black_box(&mut bytes));
+                }
+            }
             "quit" => return,
             other => panic!("unknown command {other}"),
         }
