@@ -7,7 +7,7 @@ use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{GuestName, RegionId};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RegionSpec, RunState};
 
-use super::inventory::{Disk, Layout, Machine};
+use super::inventory::{Changing, Disk, Layout, Machine};
 use super::preflight;
 use super::qmp::{Qmp, QmpError};
 use crate::config::{DiskConfig, DiskMode};
@@ -127,9 +127,9 @@ pub(super) fn disks(
 }
 
 /// What is not as it was when the migration began.
-pub(super) fn changes(then: &Layout, now: &Layout) -> Vec<String> {
+pub(super) fn changes(then: &Changing, now: &Changing) -> Vec<String> {
     let mut out = Vec::new();
-    let ram = |layout: &Layout| -> Vec<String> {
+    let ram = |layout: &Changing| -> Vec<String> {
         let blocks = layout.ram.iter();
         blocks
             .map(|block| {
@@ -140,13 +140,13 @@ pub(super) fn changes(then: &Layout, now: &Layout) -> Vec<String> {
             })
             .collect()
     };
-    let devices = |layout: &Layout| -> Vec<String> {
-        let devices = layout.devices.iter();
+    let devices = |layout: &Changing| -> Vec<String> {
+        let devices = layout.plugged.iter();
         devices
-            .map(|device| format!("device {} ({})", device.path, device.kind))
+            .map(|(id, kind)| format!("device {id} ({kind})"))
             .collect()
     };
-    let disks = |layout: &Layout| -> Vec<String> {
+    let disks = |layout: &Changing| -> Vec<String> {
         let disks = layout.disks.iter();
         disks
             .map(|disk| {

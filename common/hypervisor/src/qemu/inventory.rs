@@ -28,6 +28,8 @@ pub(super) struct Disk {
     pub(super) image: String,
     /// Bytes that the image holds now.
     pub(super) allocated: u64,
+    /// Its dirty bitmaps: name and count of dirty bytes.
+    pub(super) bitmaps: Vec<(String, u64)>,
 }
 
 /// A block node, from the guest's disks down to the files.
@@ -74,6 +76,15 @@ pub(super) struct Layout {
     pub(super) devices: Vec<DeviceSpec>,
     pub(super) disks: Vec<Disk>,
     pub(super) nodes: Vec<BlockNode>,
+}
+
+/// The part of a layout that can change while a guest runs, cheap enough to be asked while it is paused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Changing {
+    pub(super) ram: Vec<RamBlock>,
+    /// Devices that were or can be plugged: id or number, and type.
+    pub(super) plugged: Vec<(String, String)>,
+    pub(super) disks: Vec<Disk>,
 }
 
 /// What stands in the way of a migration.
@@ -219,7 +230,7 @@ impl Layout {
     }
 }
 
-fn disks(answer: &Value) -> Result<Vec<Disk>, QmpError> {
+pub(super) fn disks(answer: &Value) -> Result<Vec<Disk>, QmpError> {
     let mut disks: Vec<Disk> = Vec::new();
     for device in list(answer, "query-block")? {
         let inserted = &device["inserted"];
@@ -253,6 +264,7 @@ fn disk(device: &Value, inserted: &Value) -> Option<Disk> {
         active: inserted["active"].as_bool().unwrap_or(true),
         image: image["filename"].as_str().unwrap_or_default().to_owned(),
         allocated: image["actual-size"].as_u64().unwrap_or(0),
+        bitmaps: bitmaps(inserted),
     })
 }
 
@@ -260,20 +272,46 @@ pub(super) fn block_nodes(answer: &Value) -> Result<Vec<BlockNode>, QmpError> {
     list(answer, "query-named-block-nodes")?
         .iter()
         .map(|node| {
-            let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
             Ok(BlockNode {
                 name: text(node, "node-name", "query-named-block-nodes")?,
                 driver: text(node, "drv", "query-named-block-nodes")?,
                 direct: node["cache"]["direct"].as_bool().unwrap_or(false),
-                bitmaps: bitmaps
-                    .filter_map(|bitmap| {
-                        let name = bitmap["name"].as_str()?;
-                        Some((name.to_owned(), bitmap["count"].as_u64()?))
-                    })
-                    .collect(),
+                bitmaps: bitmaps(node),
             })
         })
         .collect()
+}
+
+fn bitmaps(node: &Value) -> Vec<(String, u64)> {
+    let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
+    bitmaps
+        .filter_map(|bitmap| {
+            let name = bitmap["name"].as_str()?;
+            Some((name.to_owned(), bitmap["count"].as_u64()?))
+        })
+        .collect()
+}
+
+impl Changing {
+    /// Every device that is plugged into a running machine is in one of two containers, with or without an id of its own.
+    pub(super) async fn of(qmp: &Qmp) -> Result<Self, GuestError> {
+        let container = |path| qmp.execute("qom-list", json!({ "path": path }));
+        let (ram, named, unnamed, block) = tokio::try_join!(
+            qmp.human("info ramblock"),
+            container("/machine/peripheral"),
+            container("/machine/peripheral-anon"),
+            ask(qmp, "query-block"),
+        )?;
+        let mut plugged = children(&named);
+        plugged.extend(children(&unnamed));
+        plugged.sort();
+        Ok(Self {
+            ram: hmp::ram_blocks(&ram)
+                .map_err(|why| QmpError::unexpected("info ramblock", &why))?,
+            plugged,
+            disks: disks(&block)?,
+        })
+    }
 }
 
 impl Obstacles {

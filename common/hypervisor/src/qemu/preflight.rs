@@ -433,3 +433,6 @@ pub(super) fn too_large(spec: &GuestSpec) -> Vec<String> {
     }
     out
 }
+
+#[cfg(test)]
+mod tests;

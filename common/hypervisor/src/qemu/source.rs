@@ -17,7 +17,7 @@ use vmferry_proto::ids::RegionId;
 use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
 use super::describe;
-use super::inventory::{self, Layout, Machine, Obstacles};
+use super::inventory::{self, Changing, Disk, Layout, Machine, Obstacles};
 use super::leftovers;
 use super::link::Link;
 use super::names;
@@ -43,7 +43,8 @@ const SAVE_LIMIT: Duration = Duration::from_secs(120);
 pub struct QemuSource {
     spec: GuestSpec,
     link: Link,
-    layout: Layout,
+    has_direct_io: bool,
+    at_attach: Changing,
     memory: ProcessMemory,
     disks: SourceDisks,
     /// Object in QEMU that names the tracking descriptor.
@@ -57,7 +58,8 @@ pub struct QemuSource {
 struct Pause {
     /// Events before it: any more of some kinds mean that somebody else touched the guest.
     tally: EventTally,
-    layout: Layout,
+    /// Dirty bitmaps as they were found in it.
+    disks: Vec<Disk>,
     state: Option<StateFile>,
 }
 
@@ -77,8 +79,12 @@ impl QemuSource {
         let machine = Machine::of(&qmp).await?;
         let link = Link::new(qmp, &machine, true)?;
         leftovers::remove(&link.qmp, &link.identity()).await?;
-        let (layout, obstacles) = tokio::join!(Layout::of(&link.qmp), Obstacles::of(&link.qmp));
-        let (layout, obstacles) = (layout?, obstacles?);
+        let (layout, changing, obstacles) = tokio::join!(
+            Layout::of(&link.qmp),
+            Changing::of(&link.qmp),
+            Obstacles::of(&link.qmp)
+        );
+        let (layout, changing, obstacles) = (layout?, changing?, obstacles?);
         let shared = describe::shared_disks(&config.disks, &layout)?;
         let mut refusals = preflight::source(&machine, &layout, &obstacles);
         let run_state = run_state(&obstacles.status).unwrap_or(RunState::Paused);
@@ -92,7 +98,8 @@ impl QemuSource {
         Ok(Self {
             spec,
             link,
-            layout,
+            has_direct_io: layout.has_direct_io(),
+            at_attach: changing,
             memory,
             disks,
             tracking_mark: None,
@@ -110,16 +117,16 @@ impl QemuSource {
             let stopped = qmp.execute_within("stop", json!({}), STOP_LIMIT).await;
             (stopped, begun.elapsed())
         };
-        let ((stopped, stop_took), layout, status) =
-            tokio::join!(stop, Layout::of(qmp), inventory::status(qmp));
+        let ((stopped, stop_took), now, status) =
+            tokio::join!(stop, Changing::of(qmp), inventory::status(qmp));
         stopped?;
-        let layout = layout?;
+        let now = now?;
         tracing::debug!(?stop_took, elapsed = ?begun.elapsed(), "stopped the guest and listed it again");
         check_untouched(qmp, &tally, &status?)?;
-        let changes = describe::changes(&self.layout, &layout);
+        let changes = describe::changes(&self.at_attach, &now);
         let pause = Pause {
             tally,
-            layout,
+            disks: now.disks,
             state: self.pause.take().and_then(|pause| pause.state),
         };
         self.pause = Some(pause);
@@ -141,7 +148,7 @@ impl QemuSource {
         );
         self.pause = Some(Pause {
             tally: self.link.qmp.tally(),
-            layout: self.layout.clone(),
+            disks: Vec::new(),
             state: Some(state?),
         });
         tracing::debug!(elapsed = ?begun.elapsed(), "made ready for the pause");
@@ -277,11 +284,8 @@ impl SourceGuest for QemuSource {
     async fn take_dirty(&mut self, region: RegionId) -> Result<Taken, GuestError> {
         self.link.check_alive()?;
         if self.disks.has(region) {
-            let nodes = self
-                .pause
-                .as_ref()
-                .map(|pause| pause.layout.nodes.as_slice());
-            return self.disks.take(&self.link.qmp, region, nodes).await;
+            let listed = self.pause.as_ref().map(|pause| pause.disks.as_slice());
+            return self.disks.take(&self.link.qmp, region, listed).await;
         }
         self.memory.take_dirty(region).await
     }
@@ -299,7 +303,7 @@ impl SourceGuest for QemuSource {
     }
 
     async fn io_barrier(&mut self) -> Result<Duration, GuestError> {
-        if self.pause.is_some() || !self.layout.has_direct_io() {
+        if self.pause.is_some() || !self.has_direct_io {
             return Ok(Duration::ZERO);
         }
         // QEMU drains in-flight requests before it runs a transaction, so an empty one is a barrier.

@@ -1,8 +1,10 @@
 //! The source's disks: dirty bitmaps, their rotation, and the read-only exports.
 //!
-//! Owns what of a disk is dirty. A bitmap records writes from the start of tracking on; a rotation, one QMP transaction,
-//! adds the next bitmap and disables the old one at one moment, with no request in flight. A disabled bitmap is read
-//! through a passing export, kept until its blocks are safe at the destination, and merged back if they are not.
+//! Owns what of a disk is dirty. A bitmap records writes from the start of tracking on; a rotation adds the next bitmap, then
+//! disables the old one. In that order a write that ends between the two is in both, and one that was in flight all the
+//! time is in the new one, since QEMU marks at the end of a write: none is missed, and no I/O has to be held, as a transaction
+//! would do. A disabled bitmap is read through a passing export, kept until its blocks are safe at the destination, and
+//! merged back if they are not.
 //!
 //! Invariant: a block that was written is in the enabled bitmap, in a disabled one, or in `owed`; nothing leaves
 //! all three before it is acknowledged.
@@ -10,13 +12,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use serde_json::json;
 use tokio::time::Instant;
 use vmferry_proto::geometry::{RegionBits, RegionLen};
 use vmferry_proto::ids::RegionId;
 
 use super::disk_io::{ALLOCATION, DiskHandle};
-use super::inventory::{self, BlockNode};
+use super::inventory::{self, Disk};
 use super::leftovers;
 use super::names;
 use super::nbd::{NbdError, wire};
@@ -47,6 +50,8 @@ struct SourceDisk {
     owed: Option<RegionBits>,
     /// Disabled bitmaps, with the export that still holds each.
     disabled: Vec<Disabled>,
+    /// What was read from the last disabled bitmap and not yet taken.
+    read: Option<RegionBits>,
 }
 
 #[derive(Debug)]
@@ -81,6 +86,7 @@ impl SourceDisks {
                 untold: true,
                 owed: None,
                 disabled: Vec::new(),
+                read: None,
             });
         Self {
             disks: disks.collect(),
@@ -105,7 +111,7 @@ impl SourceDisks {
         }
         self.open(qmp).await?;
         for disk in &mut self.disks {
-            (disk.untold, disk.owed) = (true, None);
+            (disk.untold, disk.owed, disk.read) = (true, None, None);
             disk.disabled.clear();
             disk.round += 1;
             let arguments = disk.bitmap_arguments();
@@ -146,12 +152,13 @@ impl SourceDisks {
         }
     }
 
-    /// Takes the dirty blocks of `region`. `nodes` is what a paused QEMU said of its bitmaps.
+    /// Takes the dirty blocks of `region`. `listed` is what a paused QEMU said of its disks: then no disk changes any more,
+    /// and all are turned at once, so that the others cost nothing when their turn comes.
     pub(super) async fn take(
         &mut self,
         qmp: &Qmp,
         region: RegionId,
-        nodes: Option<&[BlockNode]>,
+        listed: Option<&[Disk]>,
     ) -> Result<Taken, GuestError> {
         if !self.tracking {
             return Err(GuestError::Refused {
@@ -162,25 +169,19 @@ impl SourceDisks {
         self.open(qmp).await?;
         let unknown = || GuestError::Config(format!("region {region} is no disk"));
         let server = self.server.as_ref().ok_or_else(unknown)?;
+        let paused = listed.is_some();
+        let turns = self
+            .disks
+            .iter_mut()
+            .filter(|disk| !disk.untold && (paused || disk.region == region))
+            .map(|disk| disk.turn(qmp, server, listed));
+        try_join_all(turns).await?;
         let disk = self.disks.iter_mut().find(|disk| disk.region == region);
         let disk = disk.ok_or_else(unknown)?;
         if disk.untold {
             return disk.take_everything().await;
         }
-        let (mut dirty, longest_hold) = if disk.dirty_bytes(qmp, nodes).await? == 0 {
-            (RegionBits::empty(disk.len), Duration::ZERO)
-        } else {
-            disk.rotate(qmp, server, nodes.is_some()).await?
-        };
-        if let Some(owed) = &disk.owed {
-            dirty.union(owed);
-        }
-        disk.owed = (!dirty.is_empty()).then(|| dirty.clone());
-        Ok(Taken {
-            zero: RegionBits::empty(disk.len),
-            dirty,
-            longest_hold,
-        })
+        Ok(disk.take_read())
     }
 
     /// Says what became of the blocks of the last take. While the guest is `paused` QEMU is left alone.
@@ -257,16 +258,31 @@ impl SourceDisk {
         })
     }
 
+    /// What was read and what is owed.
+    fn take_read(&mut self) -> Taken {
+        let empty = || RegionBits::empty(self.len);
+        let mut dirty = self.read.take().unwrap_or_else(empty);
+        if let Some(owed) = &self.owed {
+            dirty.union(owed);
+        }
+        self.owed = (!dirty.is_empty()).then(|| dirty.clone());
+        Taken {
+            zero: empty(),
+            dirty,
+            // The guest's I/O goes on through a rotation.
+            longest_hold: Duration::ZERO,
+        }
+    }
+
     /// Dirty bytes in the enabled bitmap.
-    async fn dirty_bytes(&self, qmp: &Qmp, nodes: Option<&[BlockNode]>) -> Result<u64, GuestError> {
+    async fn dirty_bytes(&self, qmp: &Qmp, listed: Option<&[Disk]>) -> Result<u64, GuestError> {
         let name = names::bitmap(self.region, self.round);
         // A rotation within the pause is not in its listing.
-        if let Some(count) = nodes.and_then(|nodes| self.count_in(nodes, &name)) {
+        if let Some(count) = listed.and_then(|disks| self.count_in(disks, &name)) {
             return Ok(count);
         }
-        let arguments = json!({ "flat": true });
-        let answer = qmp.execute("query-named-block-nodes", arguments).await?;
-        let count = self.count_in(&inventory::block_nodes(&answer)?, &name);
+        let answer = qmp.execute("query-block", json!({})).await?;
+        let count = self.count_in(&inventory::disks(&answer)?, &name);
         count.ok_or_else(|| {
             GuestError::Touched(format!(
                 "bitmap {name} of block node {} is gone: somebody removed it or changed the disk; migrate again",
@@ -275,70 +291,62 @@ impl SourceDisk {
         })
     }
 
-    fn count_in(&self, nodes: &[BlockNode], bitmap: &str) -> Option<u64> {
-        let node = nodes.iter().find(|node| node.name == self.node)?;
-        let found = node.bitmaps.iter().find(|(known, _)| known == bitmap)?;
+    fn count_in(&self, disks: &[Disk], bitmap: &str) -> Option<u64> {
+        let disk = disks.iter().find(|disk| disk.node == self.node)?;
+        let found = disk.bitmaps.iter().find(|(known, _)| known == bitmap)?;
         Some(found.1)
     }
 
-    /// Disables the enabled bitmap, adds the next one, and reads the disabled one.
-    async fn rotate(
+    /// Rotates the bitmap where it has anything, and reads the disabled one into `read`.
+    async fn turn(
         &mut self,
         qmp: &Qmp,
         server: &NbdServer,
-        paused: bool,
-    ) -> Result<(RegionBits, Duration), GuestError> {
+        listed: Option<&[Disk]>,
+    ) -> Result<(), GuestError> {
+        if self.dirty_bytes(qmp, listed).await? == 0 {
+            return Ok(());
+        }
         let begun = Instant::now();
+        let read = self.rotate(qmp, server).await;
+        let mut read = read.inspect_err(|_| {
+            // What the bitmap holds is not known: everything, until it is settled.
+            self.owed = Some(RegionBits::full(self.len));
+        })?;
+        if listed.is_none() {
+            self.end_exports(qmp).await?;
+        }
+        if let Some(earlier) = &self.read {
+            read.union(earlier);
+        }
+        self.read = Some(read);
+        tracing::debug!(node = self.node, round = self.round, elapsed = ?begun.elapsed(), "rotated a disk's bitmap");
+        Ok(())
+    }
+
+    /// Adds the next bitmap, disables the enabled one, and reads that.
+    async fn rotate(&mut self, qmp: &Qmp, server: &NbdServer) -> Result<RegionBits, GuestError> {
         let old = names::bitmap(self.region, self.round);
         let export = names::bitmap_export(self.region, self.round);
         self.round += 1;
-        let actions = json!({ "actions": [
-            { "type": "block-dirty-bitmap-add", "data": self.bitmap_arguments() },
-            { "type": "block-dirty-bitmap-disable", "data": { "node": self.node, "name": old } },
-        ] });
-        let arguments = NbdServer::export_arguments(&export, &self.node, false, Some(&old));
-        let turn = async {
-            let turned = qmp.execute("transaction", actions).await;
-            (turned, begun.elapsed())
-        };
-        // Sent together: QEMU carries them out one after the other.
-        let ((turned, held), exported) =
-            tokio::join!(turn, qmp.execute("block-export-add", arguments));
-        if let Err(error) = turned {
-            if error.had_no_effect() {
-                // Nothing was turned: the old bitmap is still the enabled one.
-                self.round -= 1;
-            } else {
-                self.owed = Some(RegionBits::full(self.len));
-            }
-            return Err(error.into());
-        }
+        let disabling = json!({ "node": self.node, "name": old });
+        let exporting = NbdServer::export_arguments(&export, &self.node, false, Some(&old));
+        // Sent together: QEMU carries them out one after the other. One that fails makes the next fail too, or is
+        // noticed here: an enabled bitmap cannot be exported.
+        let (added, disabled, exported) = tokio::join!(
+            qmp.execute("block-dirty-bitmap-add", self.bitmap_arguments()),
+            qmp.execute("block-dirty-bitmap-disable", disabling),
+            qmp.execute("block-export-add", exporting),
+        );
         self.disabled.push(Disabled {
             bitmap: old.clone(),
             export: exported.is_ok().then(|| export.clone()),
             done: false,
         });
-        let read = match exported {
-            Ok(_) => self
-                .read_bitmap(server, &export, &old)
-                .await
-                .map_err(GuestError::from),
-            Err(error) => Err(error.into()),
-        };
-        tracing::debug!(node = self.node, round = self.round, elapsed = ?begun.elapsed(), ?held, "rotated a disk's bitmap");
-        match read {
-            Ok(dirty) => {
-                if !paused {
-                    self.end_exports(qmp).await?;
-                }
-                Ok((dirty, held))
-            }
-            Err(error) => {
-                // What the bitmap holds is not known: everything, until it is settled.
-                self.owed = Some(RegionBits::full(self.len));
-                Err(error)
-            }
-        }
+        added?;
+        disabled?;
+        exported?;
+        Ok(self.read_bitmap(server, &export, &old).await?)
     }
 
     async fn read_bitmap(

@@ -1,14 +1,16 @@
-//! Device state in an anonymous file in memory, shared with QEMU as a descriptor.
+//! The descriptors on which a device state leaves one QEMU and enters another.
 //!
-//! Owns the file on our side and its set or name on QEMU's. QEMU writes a state only to a descriptor that is
-//! write-only and can be truncated, so the file is opened anew for it.
+//! Owns our ends and the set or name of QEMU's. QEMU writes a state only to a descriptor that is write-only and can be
+//! truncated, so that one is of an anonymous file in memory, opened anew.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use vmferry_proto::limits::MAX_DEVICE_STATE;
 
 use super::names;
@@ -96,24 +98,38 @@ impl StateFile {
     }
 }
 
-/// A file that QEMU will read an incoming device state from. QEMU has its descriptor ahead of the content.
+/// The way on which QEMU will read an incoming device state: a socket pair, since newer versions of QEMU warn of a plain
+/// file. QEMU has its end ahead of the content.
 #[derive(Debug)]
-pub(super) struct IncomingFile {
-    file: File,
+pub(super) struct IncomingPipe {
+    ours: UnixStream,
 }
 
-impl IncomingFile {
-    /// Makes the file and gives QEMU a descriptor of it, under [`names::INCOMING`].
+impl IncomingPipe {
+    /// Makes the pair and gives QEMU one end, under [`names::INCOMING`].
     pub(super) async fn hand_over(qmp: &Qmp) -> Result<Self, GuestError> {
-        let file = memory_file().map_err(failed)?;
-        let theirs = reopened(&file, OpenOptions::new().read(true)).map_err(failed)?;
+        let pair = || {
+            let (ours, theirs) = UnixStream::pair()?;
+            Ok((ours, OwnedFd::from(theirs.into_std()?)))
+        };
+        let (ours, theirs) = pair().map_err(|source| GuestError::Io {
+            what: "cannot make a socket pair for the device state".to_owned(),
+            source,
+        })?;
         let name = json!({ "fdname": names::INCOMING });
         qmp.execute_with_fd("getfd", name, theirs).await?;
-        Ok(Self { file })
+        Ok(Self { ours })
     }
 
-    /// Fills it.
-    pub(super) fn write(&self, stream: &[u8]) -> Result<(), GuestError> {
-        (&self.file).write_all(stream).map_err(failed)
+    /// Sends the whole stream. QEMU reads it while it loads, so this ends only with the load.
+    pub(super) async fn send(&mut self, stream: &[u8]) -> Result<(), GuestError> {
+        let send = async {
+            self.ours.write_all(stream).await?;
+            self.ours.shutdown().await
+        };
+        send.await.map_err(|source| GuestError::Io {
+            what: "QEMU did not take the device state to its end".to_owned(),
+            source,
+        })
     }
 }

@@ -37,13 +37,18 @@ pub(super) struct StreamError(String);
 /// # Errors
 /// Where it is not whole or would not be accepted by [`incoming`].
 pub(super) fn check_saved(saved: &[u8]) -> Result<(), StreamError> {
+    checked_run_state(saved).map(drop)
+}
+
+/// Where the run state's field is in a state that is whole.
+fn checked_run_state(saved: &[u8]) -> Result<usize, StreamError> {
     if !saved.starts_with(&HEADER) {
         return Err(broken("it does not begin with QEVM version 3"));
     }
     if saved.last() != Some(&END) {
         return Err(broken("it does not end with the end of all sections"));
     }
-    run_state_at(saved).map(|_| ())
+    run_state_at(saved)
 }
 
 /// The stream for `migrate-incoming`: loads `saved` into a `machine` and leaves it paused.
@@ -51,8 +56,7 @@ pub(super) fn check_saved(saved: &[u8]) -> Result<(), StreamError> {
 /// # Errors
 /// As [`check_saved`].
 pub(super) fn incoming(saved: &[u8], machine: &str) -> Result<Vec<u8>, StreamError> {
-    check_saved(saved)?;
-    let at = run_state_at(saved)?;
+    let at = checked_run_state(saved)?;
     let mut out = Vec::with_capacity(saved.len() + machine.len() + 64);
     out.extend(HEADER);
     out.push(CONFIGURATION);
@@ -85,8 +89,8 @@ fn length(len: usize) -> Result<[u8; 4], StreamError> {
 /// section byte, name, instance 0, version 1 and a text of that length fit together.
 fn run_state_at(saved: &[u8]) -> Result<usize, StreamError> {
     let mut found = None;
-    for at in 0..saved.len().saturating_sub(GLOBAL_STATE.len()) {
-        if !saved[at..].starts_with(GLOBAL_STATE) || !is_section(saved, at) {
+    for at in memchr::memmem::find_iter(saved, GLOBAL_STATE) {
+        if !is_section(saved, at) {
             continue;
         }
         let field = at + GLOBAL_STATE.len() + 8;

@@ -28,8 +28,11 @@ use crate::open::TargetOptions;
 
 /// Longest wait for the device state to be loaded.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
-/// Pause between two questions whether it is.
-const LOAD_POLL: Duration = Duration::from_millis(1);
+/// A load takes QEMU 5 to 30 ms, in which it answers nothing. So long it is asked again at once, since the guest is
+/// stopped meanwhile; after that there is no hurry.
+const LOAD_EAGER: Duration = Duration::from_millis(100);
+/// Pause between two questions then.
+const LOAD_POLL: Duration = Duration::from_millis(2);
 /// Longest wait for `cont`: it takes the images back and may wait for their locks.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
@@ -95,24 +98,30 @@ impl QemuTarget {
     /// Hands the stream over and waits until QEMU has taken it in.
     async fn load(&mut self, stream: &[u8]) -> Result<(), GuestError> {
         let begun = Instant::now();
-        self.copy.incoming.write(stream)?;
         self.stage = Stage::Loaded;
         let qmp = self.copy.link.qmp.clone();
         let uri = json!({ "uri": format!("fd:{}", super::names::INCOMING) });
+        let (disks, incoming) = self.copy.split();
         // Sent together: the exports are gone before QEMU looks at the incoming state.
-        let (closed, taken) = tokio::join!(
-            self.copy.close_disks(),
-            qmp.execute("migrate-incoming", uri)
-        );
-        closed?;
-        taken?;
-        self.wait_until_paused().await?;
+        let taken = async {
+            let (closed, taken) =
+                tokio::join!(disks.close(&qmp), qmp.execute("migrate-incoming", uri));
+            closed.and(taken.map(drop))
+        };
+        let (taken, sent) = tokio::join!(taken, incoming.send(stream));
+        tracing::debug!(elapsed = ?begun.elapsed(), "handed the device state over");
+        let paused = match taken {
+            Ok(()) => self.wait_until_paused().await,
+            Err(error) => Err(self.how_it_ended(error).await),
+        };
+        // QEMU's own words first: a send that failed says only that it stopped reading.
+        paused.and(sent)?;
         tracing::debug!(elapsed = ?begun.elapsed(), bytes = stream.len(), "loaded the device state");
         Ok(())
     }
 
     async fn wait_until_paused(&self) -> Result<(), GuestError> {
-        let deadline = Instant::now() + LOAD_LIMIT;
+        let begun = Instant::now();
         loop {
             let status = match inventory::status(self.qmp()).await {
                 Ok(status) => status,
@@ -120,7 +129,8 @@ impl QemuTarget {
             };
             match status.as_str() {
                 "paused" => return Ok(()),
-                "inmigrate" if Instant::now() < deadline => tokio::time::sleep(LOAD_POLL).await,
+                "inmigrate" if begun.elapsed() < LOAD_EAGER => {}
+                "inmigrate" if begun.elapsed() < LOAD_LIMIT => tokio::time::sleep(LOAD_POLL).await,
                 "inmigrate" => {
                     return Err(GuestError::TimedOut {
                         command: "migrate-incoming".to_owned(),

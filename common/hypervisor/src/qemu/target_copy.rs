@@ -21,7 +21,7 @@ use super::names;
 use super::nbd_server::NbdServer;
 use super::preflight;
 use super::qmp::{Qmp, QmpError};
-use super::state_file::IncomingFile;
+use super::state_file::IncomingPipe;
 use super::target_space;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
@@ -39,12 +39,62 @@ const LAUNCH_POLL: Duration = Duration::from_millis(20);
 pub(super) struct Copy {
     pub(super) link: Link,
     pub(super) memory: ProcessMemory,
-    pub(super) incoming: IncomingFile,
+    pub(super) incoming: IncomingPipe,
     /// Its machine type.
     pub(super) machine: String,
+    disks: TargetDisks,
+    launched: Option<Watched>,
+}
+
+/// The disks of a copy, exported for writing.
+#[derive(Debug, Default)]
+pub(super) struct TargetDisks {
     disks: Vec<(RegionId, Arc<DiskHandle>)>,
     server: Option<NbdServer>,
-    launched: Option<Watched>,
+}
+
+impl TargetDisks {
+    /// Exports every disk for writing, and learns which of it reads as zero.
+    async fn open(
+        &mut self,
+        qmp: &Qmp,
+        spec: &GuestSpec,
+        layout: &Layout,
+    ) -> Result<(), GuestError> {
+        let disks = describe::disks(spec, layout);
+        if disks.is_empty() {
+            return Ok(());
+        }
+        let server = self.server.insert(NbdServer::start(qmp).await?);
+        for (region, node, name, len) in disks {
+            let export = names::export(region);
+            server.export(qmp, &export, &node, true).await?;
+            let nbd = server.connect(&export, &[ALLOCATION]).await?;
+            if nbd.is_read_only() {
+                return Err(GuestError::Incompatible(format!(
+                    "disk {name} is read-only here: attach it writable"
+                )));
+            }
+            let disk = DiskHandle::new(&name, len);
+            disk.open(nbd)?;
+            disk.learn_zeroes().await?;
+            self.disks.push((region, Arc::new(disk)));
+        }
+        Ok(())
+    }
+
+    /// Ends the exports; what was not flushed may be lost.
+    pub(super) async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        self.forget();
+        match self.server.take() {
+            Some(server) => server.stop(qmp).await,
+            None => Ok(()),
+        }
+    }
+
+    fn forget(&self) {
+        self.disks.iter().for_each(|(_, disk)| disk.close());
+    }
 }
 
 impl Copy {
@@ -111,52 +161,31 @@ impl Copy {
         describe::refuse("this QEMU does not fit the guest", &differences)?;
         target_space::check(spec, &layout, &process)?;
         let memory = ProcessMemory::attach(&process, describe::memory(spec, &layout))?;
-        let incoming = IncomingFile::hand_over(&link.qmp).await?;
+        let incoming = IncomingPipe::hand_over(&link.qmp).await?;
         let mut copy = Self {
             link,
             memory,
             incoming,
             machine: machine.kind,
-            disks: Vec::new(),
-            server: None,
+            disks: TargetDisks::default(),
             launched: None,
         };
-        copy.open_disks(spec, &layout).await?;
+        copy.disks.open(&copy.link.qmp, spec, &layout).await?;
         Ok(copy)
     }
 
-    /// Exports every disk for writing, and learns which of it reads as zero.
-    async fn open_disks(&mut self, spec: &GuestSpec, layout: &Layout) -> Result<(), GuestError> {
-        let disks = describe::disks(spec, layout);
-        if disks.is_empty() {
-            return Ok(());
-        }
-        let qmp = &self.link.qmp;
-        let server = self.server.insert(NbdServer::start(qmp).await?);
-        for (region, node, name, len) in disks {
-            let export = names::export(region);
-            server.export(qmp, &export, &node, true).await?;
-            let nbd = server.connect(&export, &[ALLOCATION]).await?;
-            if nbd.is_read_only() {
-                return Err(GuestError::Incompatible(format!(
-                    "disk {name} is read-only here: attach it writable"
-                )));
-            }
-            let disk = DiskHandle::new(&name, len);
-            disk.open(nbd)?;
-            disk.learn_zeroes().await?;
-            self.disks.push((region, Arc::new(disk)));
-        }
-        Ok(())
-    }
-
     pub(super) fn disk(&self, region: RegionId) -> Option<Arc<DiskHandle>> {
-        let found = self.disks.iter().find(|(known, _)| *known == region)?;
+        let found = self
+            .disks
+            .disks
+            .iter()
+            .find(|(known, _)| *known == region)?;
         Some(Arc::clone(&found.1))
     }
 
     pub(super) async fn flush_disks(&self) -> Result<(), GuestError> {
         let disks: Vec<_> = self
+            .disks
             .disks
             .iter()
             .map(|(_, disk)| Arc::clone(disk))
@@ -164,13 +193,9 @@ impl Copy {
         flush_all(&disks).await
     }
 
-    /// Ends the exports; what was not flushed may be lost.
-    pub(super) async fn close_disks(&mut self) -> Result<(), QmpError> {
-        self.disks.iter().for_each(|(_, disk)| disk.close());
-        match self.server.take() {
-            Some(server) => server.stop(&self.link.qmp).await,
-            None => Ok(()),
-        }
+    /// What a load needs of it at the same time.
+    pub(super) fn split(&mut self) -> (&mut TargetDisks, &mut IncomingPipe) {
+        (&mut self.disks, &mut self.incoming)
     }
 
     pub(super) fn is_launched(&self) -> bool {
@@ -182,7 +207,7 @@ impl Copy {
         if self.link.check_alive().is_err() {
             return Ok(());
         }
-        self.close_disks().await?;
+        self.disks.close(&self.link.qmp).await?;
         let name = serde_json::json!({ "fdname": names::INCOMING });
         self.link.qmp.execute("closefd", name).await?;
         Ok(())
@@ -190,8 +215,8 @@ impl Copy {
 
     /// Ends the process. Nothing of it is worth an orderly end: disks were flushed where they count.
     pub(super) async fn end(&mut self) -> Result<(), GuestError> {
-        self.disks.iter().for_each(|(_, disk)| disk.close());
-        self.server = None;
+        self.disks.forget();
+        self.disks.server = None;
         self.link.kill().await
     }
 }
