@@ -12,7 +12,7 @@ use vmferry_proto::spec::{RegionKind, RunState};
 use super::qmp::{Qmp, QmpError};
 use super::testing::{COUNTER, Host, Running};
 use super::{QemuSource, QemuTarget};
-use crate::config::{DriverKind, SourceConfig, TargetConfig};
+use crate::config::{DiskConfig, DiskMode, DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionReader, Settlement, SourceGuest, TargetGuest};
 use crate::open::TargetOptions;
@@ -729,4 +729,62 @@ async fn a_guest_that_somebody_else_starts_before_the_commit_is_ended() {
     assert!(target.start_permitted(RunState::Running).await.is_err());
     source.resume_permitted(RunState::Running).await.unwrap();
     assert_eq!(there.status().await, "running");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shared_disk_is_not_copied_and_changes_hands_with_the_guest() {
+    let Some((alpha, beta)) = two_hosts() else {
+        return;
+    };
+    std::fs::remove_file(beta.path("d1.qcow2")).unwrap();
+    std::os::unix::fs::symlink(alpha.path("d1.qcow2"), beta.path("d1.qcow2")).unwrap();
+    let shared = DiskConfig {
+        node: "old1".to_owned(),
+        mode: DiskMode::Shared,
+    };
+    let there = alpha.start(&[]).await;
+    let mut config = source_config(&alpha);
+    config.disks = vec![shared.clone()];
+    let mut source = QemuSource::attach(&config).await.unwrap();
+    assert_eq!(source.spec().shared_disks, ["old1"]);
+    assert!(
+        !source
+            .spec()
+            .regions
+            .iter()
+            .any(|region| region.name == "old1")
+    );
+    let memory = source.reader(region(&source, "pc.ram")).unwrap();
+    wait_for_work(&memory).await;
+    let waiting = beta.start(&["-incoming", "defer", "-S"]).await;
+    let config = target_config(&beta, None);
+    let error = QemuTarget::prepare(&config, source.spec(), &options(&beta))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("disk/old1 (shared"), "{error}");
+    let mut config = config;
+    config.disks = vec![shared];
+    let mut target = QemuTarget::prepare(&config, source.spec(), &options(&beta))
+        .await
+        .unwrap();
+    // Rolled back once after the images were let go.
+    source.start_tracking().await.unwrap();
+    let paused = source.pause().await.unwrap();
+    source.save_device_state(&paused).await.unwrap();
+    source.resume_permitted(RunState::Running).await.unwrap();
+    assert_eq!(there.status().await, "running");
+    source.stop_tracking().await.unwrap();
+    migrate(&mut source, &mut target, 2).await;
+    let memory: Arc<dyn RegionReader> = target.writer(region(&source, "pc.ram")).unwrap();
+    let at_pause = counter(&memory).await;
+    target.start_permitted(RunState::Running).await.unwrap();
+    for _ in 0..500 {
+        if counter(&memory).await > at_pause + 20 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(counter(&memory).await > at_pause + 20, "it does not go on");
+    assert_eq!(waiting.status().await, "running");
+    source.release().await.unwrap();
 }
