@@ -199,7 +199,17 @@ impl SourceHandover {
             | State::Streaming { .. }
             | State::AwaitingPrepared { .. }
             | State::Checking { .. } => self.give_up_attempt(reason, None, actions),
-            State::RecordingCommitting(_) | State::InDoubt(_) => {
+            State::RecordingCommitting(doubt) => {
+                // Commit was not sent: a question instead settles it as aborted.
+                self.state = State::RecordingCommitting(Doubt {
+                    ask: Ask::Query,
+                    ..doubt
+                });
+                actions.push(SourceAction::Report(SourceReport::TouchedInDoubt {
+                    reason,
+                }));
+            }
+            State::InDoubt(_) => {
                 actions.push(SourceAction::Report(SourceReport::TouchedInDoubt {
                     reason,
                 }));
