@@ -47,3 +47,14 @@ pub struct Unexpected {
     /// What came.
     pub got: String,
 }
+
+#[cfg(test)]
+mod destination_tests;
+#[cfg(test)]
+mod owner_tests;
+#[cfg(test)]
+mod source_tests;
+#[cfg(test)]
+mod table_tests;
+#[cfg(test)]
+mod testing;
