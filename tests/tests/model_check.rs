@@ -1,11 +1,15 @@
 //! The handover's machines, checked exhaustively within bounds, and proof that the check bites.
+//!
+//! Owns the bounds and the pinned counts. A changed count means that the machines or the model behave differently: look at why before pinning
+//! it anew. `cargo test -p vmferry-tests --test model_check -- --nocapture` prints every run.
 
 use std::time::Instant;
 
-use stateright::{Checker, Model};
-use vmferry_tests::model::{Bounds, HandoverModel};
+use stateright::{Checker, HasDiscoveries, Model};
+use vmferry_tests::model::{Bounds, HandoverModel, Mutation, World};
 
-const NONE: Bounds = Bounds {
+/// One attempt in one session, no fault but an unreliable network and timers that fire at any time.
+const CALM: Bounds = Bounds {
     attempts: 1,
     sessions: 1,
     crashes: 0,
@@ -18,52 +22,161 @@ const NONE: Bounds = Bounds {
     fencing: false,
 };
 
-#[test]
-fn probe() {
-    for bounds in [
-        NONE,
-        Bounds {
-            sessions: 2,
-            crashes: 1,
-            ..NONE
-        },
-        Bounds {
-            sessions: 2,
-            crashes: 2,
-            ..NONE
-        },
-        Bounds {
-            sessions: 2,
-            crashes: 1,
-            write_failures: 1,
-            ..NONE
-        },
-        Bounds {
-            sessions: 3,
-            attempts: 2,
-            crashes: 1,
-            ..NONE
-        },
-    ] {
-        let begun = Instant::now();
-        let checker = HandoverModel::new(bounds)
-            .checker()
-            .threads(2)
-            .target_state_count(3_000_000)
-            .spawn_bfs()
-            .join();
-        println!(
-            "{bounds:?}: {} unique, {} total, depth {}, {:?}",
-            checker.unique_state_count(),
-            checker.state_count(),
-            checker.max_depth(),
-            begun.elapsed()
+const DOUBT: &[&str] = &["in doubt, then committed", "in doubt, then aborted"];
+const CRASH: &[&str] = &[
+    "crash in COMMITTING, then committed",
+    "crash in COMMITTING, then rolled back",
+];
+
+/// Checks every state within `bounds` and that all of `sometimes` was reached.
+fn check(name: &str, model: HandoverModel, sometimes: &[&[&str]], pinned: usize) {
+    let begun = Instant::now();
+    let bounds = model.bounds;
+    let checker = model.checker().threads(2).spawn_bfs().join();
+    let states = checker.unique_state_count();
+    println!(
+        "{name}: {states} states, {} transitions, {:.1} s, {bounds:?}",
+        checker.state_count(),
+        begun.elapsed().as_secs_f32()
+    );
+    assert!(checker.is_done());
+    let found = checker.discoveries();
+    for (property, path) in &found {
+        let always = property.starts_with("[HAND")
+            || property.starts_with("nothing")
+            || property.starts_with("without");
+        assert!(
+            !always,
+            "{name}: broken: {property}\n{:#?}",
+            path.clone().into_actions()
         );
-        for (name, path) in checker.discoveries() {
-            println!("  {name}: {} steps", path.clone().into_actions().len());
-            if name.contains("HAND") || name.contains("nothing") || name.contains("faults") {
-                println!("     {:?}", path.into_actions());
-            }
-        }
     }
+    for wanted in [&["committed", "rolled back"][..]]
+        .iter()
+        .chain(sometimes)
+        .copied()
+        .flatten()
+    {
+        assert!(found.contains_key(wanted), "{name}: never {wanted}");
+    }
+    assert_eq!(states, pinned, "{name}: the number of states has changed");
+}
+
+#[test]
+fn two_attempts_over_two_sessions() {
+    let bounds = Bounds {
+        attempts: 2,
+        sessions: 2,
+        ..CALM
+    };
+    check("two attempts", HandoverModel::new(bounds), &[DOUBT], 74_512);
+}
+
+#[test]
+fn either_agent_crashes_twice_at_any_step() {
+    let bounds = Bounds {
+        sessions: 2,
+        crashes: 2,
+        ..CALM
+    };
+    check(
+        "crashes",
+        HandoverModel::new(bounds),
+        &[DOUBT, CRASH],
+        193_983,
+    );
+}
+
+#[test]
+fn a_crash_a_failed_write_and_a_failing_guest() {
+    let bounds = Bounds {
+        crashes: 1,
+        write_failures: 1,
+        guest_failures: 1,
+        ..CALM
+    };
+    check(
+        "crash, write, guest",
+        HandoverModel::new(bounds),
+        &[DOUBT, CRASH],
+        84_658,
+    );
+}
+
+#[test]
+fn people_cancel_touch_give_up_and_fence_while_the_journal_fails() {
+    let bounds = Bounds {
+        write_failures: 1,
+        touches: 1,
+        cancels: 1,
+        give_ups: 1,
+        fencing: true,
+        ..CALM
+    };
+    check("people", HandoverModel::new(bounds), &[DOUBT], 91_903);
+}
+
+#[test]
+fn the_destination_comes_back_with_another_state_folder() {
+    let bounds = Bounds {
+        crashes: 1,
+        folder_switches: 1,
+        ..CALM
+    };
+    let model = HandoverModel::new(bounds).begun_at(World::with_an_abort_in_the_other_folder());
+    check("folders", model, &[DOUBT, CRASH], 9_786);
+}
+
+/// With one rule broken around the real machines there must be a counter-example.
+fn bites(mutation: Mutation, first: World, bounds: Bounds) {
+    let model = HandoverModel::broken(bounds, mutation).begun_at(first);
+    let checker = model
+        .checker()
+        .threads(2)
+        .finish_when(HasDiscoveries::AnyFailures)
+        .spawn_bfs()
+        .join();
+    let found = checker
+        .discoveries()
+        .into_iter()
+        .find(|(property, _)| property.starts_with("[HAND") || property.starts_with("nothing"));
+    let Some((property, path)) = found else {
+        panic!(
+            "{mutation:?} was not noticed in {} states",
+            checker.unique_state_count()
+        );
+    };
+    println!(
+        "{mutation:?}: against \"{property}\" in {} steps ({:?})",
+        path.clone().into_actions().len(),
+        path.last_state().bad
+    );
+}
+
+#[test]
+fn each_broken_rule_has_a_counter_example() {
+    let failing = Bounds {
+        write_failures: 1,
+        ..CALM
+    };
+    for mutation in [
+        Mutation::ResumeInDoubt,
+        Mutation::ResumeBeforeRolledBack,
+        Mutation::FailedCommittingIsNone,
+        Mutation::StartBeforeOwned,
+        Mutation::StartsByItself,
+    ] {
+        bites(mutation, World::new(), failing);
+    }
+    let switching = Bounds {
+        crashes: 1,
+        folder_switches: 1,
+        ..CALM
+    };
+    bites(Mutation::UnknownIsAborted, World::new(), switching);
+    bites(
+        Mutation::BelieveOtherRegister,
+        World::with_an_abort_in_the_other_folder(),
+        switching,
+    );
 }

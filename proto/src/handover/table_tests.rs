@@ -143,7 +143,9 @@ fn destination_events() -> Vec<D> {
 
 /// The words of a value that name what it is: variants and flags, no data that only people read.
 fn label(value: &impl Debug) -> String {
-    let text = format!("{value:?}");
+    let text = format!("{value:?}")
+        .replace("shared_disks: true", "")
+        .replace("shared_disks: false", "");
     let mut words = Vec::new();
     for word in text.split(|c: char| !c.is_alphanumeric() && c != '_' && c != ':') {
         let named = word.starts_with(|c: char| c.is_ascii_uppercase())

@@ -101,6 +101,8 @@ pub enum Step {
 /// The model: real machines, simulated everything else.
 #[derive(Debug)]
 pub struct HandoverModel {
+    /// Where it begins.
+    pub first: World,
     /// Bounds.
     pub bounds: Bounds,
     /// The rule that is broken, if any.
@@ -115,6 +117,7 @@ impl HandoverModel {
     #[must_use]
     pub fn new(bounds: Bounds) -> Self {
         Self {
+            first: World::new(),
             bounds,
             mutation: None,
             check_ending: true,
@@ -130,6 +133,12 @@ impl HandoverModel {
             check_ending: false,
             ..Self::new(bounds)
         }
+    }
+
+    /// The same model, begun elsewhere.
+    #[must_use]
+    pub fn begun_at(self, first: World) -> Self {
+        Self { first, ..self }
     }
 
     fn all_steps(&self, world: &World, steps: &mut Vec<Step>) {
@@ -360,6 +369,10 @@ impl HandoverModel {
     fn destination_work_done(&self, next: &mut World) {
         let m = self.mutation;
         match next.destination.work.take() {
+            Some(Work::Make) if next.destination.guest == Guest::Running => {
+                let event = DestinationEvent::MakeCopyFailed { reason: reason() };
+                next.tell_destination(event, m);
+            }
             Some(Work::Make) => {
                 next.destination.guest = Guest::Fresh;
                 next.tell_destination(World::made(), m);
@@ -374,7 +387,12 @@ impl HandoverModel {
                 }
             }
             Some(Work::Discard) => {
-                next.copy_goes();
+                // The other folder's guest is not this migration's copy.
+                let foreign =
+                    next.used.folder_switches > 0 && next.destination.guest == Guest::Running;
+                if !foreign {
+                    next.copy_goes();
+                }
                 next.tell_destination(DestinationEvent::Discarded, m);
             }
             Some(Work::Pause | Work::Stream(_) | Work::Check(_) | Work::Release) | None => {}
@@ -536,7 +554,7 @@ impl Model for HandoverModel {
     type Action = Step;
 
     fn init_states(&self) -> Vec<World> {
-        vec![World::new()]
+        vec![self.first.clone()]
     }
 
     fn actions(&self, world: &World, steps: &mut Vec<Step>) {

@@ -300,6 +300,23 @@ impl World {
         }
     }
 
+    /// The same, but the destination has a second state folder in which attempt 1 of this very migration is ABORTED: a source that was restarted
+    /// before PAUSING had opened it there.
+    #[must_use]
+    pub fn with_an_abort_in_the_other_folder() -> Self {
+        let mut world = Self::new();
+        let record = DestinationRecord {
+            state: DestinationState::Aborted {
+                attempt: Attempt(1),
+                reason: reason(),
+            },
+            ..destination_machine(REGISTERS[1]).record()
+        };
+        world.destination.other_disk.durable = Some(record.clone());
+        world.destination.other_disk.visible = Some(record);
+        world
+    }
+
     /// Guests that run.
     #[must_use]
     pub fn runners(&self) -> usize {
@@ -425,7 +442,10 @@ impl World {
                     self.say(Message::Welcome(session, register));
                 }
                 DestinationAction::MakeCopy { .. } => {
-                    self.copy_goes();
+                    // A guest that runs holds its images: the wrong state folder cannot take them.
+                    if self.destination.guest != Guest::Running {
+                        self.copy_goes();
+                    }
                     self.destination.work = Some(Work::Make);
                 }
                 DestinationAction::Ready => {

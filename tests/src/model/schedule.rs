@@ -29,7 +29,8 @@ fn fingerprint(world: &World) -> u64 {
 impl HandoverModel {
     /// Whether the schedule without faults leads from here to exactly one runner.
     pub(super) fn ends_well(&self, world: &World) -> bool {
-        if !self.check_ending || world.bad.is_some() {
+        // With the wrong state folder in place it is in doubt for as long as that lasts: that is right (`[HAND-2]`).
+        if !self.check_ending || world.bad.is_some() || world.used.folder_switches > 0 {
             return true;
         }
         let mut path = Vec::new();
@@ -112,7 +113,15 @@ fn schedule(world: &World) -> Vec<Step> {
             .map(Step::Deliver),
     );
     steps.push(Step::SourceTimer(Timer::Retry));
-    steps.push(Step::DestinationRetry);
+    // A start is repeated for ever; where the copy is gone that is a circle.
+    let crashed = destination.guest == Guest::Missing
+        && destination
+            .machine
+            .as_ref()
+            .is_some_and(|machine| machine.state_name() == "OWNED(start uncertain)");
+    if !crashed {
+        steps.push(Step::DestinationRetry);
+    }
     if let Some(machine) = &source.machine {
         let attempt = machine.attempt();
         steps.push(Step::SourceTimer(Timer::Open(attempt)));
@@ -171,7 +180,12 @@ fn at_rest(world: &World) -> bool {
 /// it lived, as guests do, and its disks are there.
 fn is_ordinary_crash(world: &World) -> bool {
     let owned = matches!(
-        world.destination.disk.durable.as_ref().map(|record| &record.state),
+        world
+            .destination
+            .disk
+            .durable
+            .as_ref()
+            .map(|record| &record.state),
         Some(DestinationState::Owned { .. })
     );
     world.runners() == 0 && world.destination.guest == Guest::Missing && owned

@@ -237,9 +237,11 @@ impl SourceHandover {
         }
     }
 
-    /// Hands the wish to the journal where it differs from what is durable.
+    /// Hands the wish to the journal where it differs from what is durable. A new migration writes nothing before its
+    /// first session.
     fn pump(&mut self, actions: &mut Actions) {
-        if matches!(self.state, State::Done { .. }) {
+        let unborn = self.session == SessionNumber(0) && self.is_copying();
+        if unborn || self.end().is_some() {
             return;
         }
         if let Some(record) = self.journal.next_write(self.record()) {
