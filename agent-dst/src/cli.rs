@@ -38,7 +38,7 @@ pub enum Command {
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Address and UDP port to wait on, such as [::]:4600; port 0 takes a free one, named on stdout.
+    /// Address and UDP port to wait on, such as `[::]:4600`; port 0 takes a free one, named on stdout.
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
     /// Folder with cert.pem, key.pem and ca.pem, as `vmferry-certs issue` makes it.

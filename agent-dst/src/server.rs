@@ -288,7 +288,7 @@ impl Server {
             match self.recover(&guest) {
                 Ok(handle) => *slot = handle,
                 Err(why) => {
-                    tracing::error!(%guest, "the journal's migration cannot be finished: {why}")
+                    tracing::error!(%guest, "the journal's migration cannot be finished: {why}");
                 }
             }
         }

@@ -186,18 +186,18 @@ impl Migration {
     }
 
     async fn on_handover(&mut self, event: DestinationEvent) {
-        match &event {
-            DestinationEvent::OpenAttempt { attempt } => {
-                return self
-                    .ask_hook(Phase::Pause, Then::OpenAttempt(*attempt))
-                    .await;
-            }
-            DestinationEvent::Commit(_) => self.commit_began = Some(std::time::Instant::now()),
-            DestinationEvent::Abort { reason, .. } | DestinationEvent::Cancel { reason } => {
-                tracing::info!(guest = %self.config.name, code = %reason.code, "the source gives up: {}", reason.detail);
-                self.drop_receipt();
-            }
-            _ => {}
+        if let DestinationEvent::OpenAttempt { attempt } = &event {
+            return self
+                .ask_hook(Phase::Pause, Then::OpenAttempt(*attempt))
+                .await;
+        }
+        if let DestinationEvent::Commit(_) = &event {
+            self.commit_began = Some(std::time::Instant::now());
+        }
+        if let DestinationEvent::Abort { reason, .. } | DestinationEvent::Cancel { reason } = &event
+        {
+            tracing::info!(guest = %self.config.name, code = %reason.code, "the source gives up: {}", reason.detail);
+            self.drop_receipt();
         }
         self.feed_peer(event).await;
     }

@@ -190,6 +190,7 @@ async fn discard(tools: &Tools, guest: &mut Guest) -> Result<(), WireError> {
         None => end_leftover(tools).await.map_err(failed)?,
     }
     *guest = None;
+    remove_stale_sockets(tools);
     let folder = &tools.options.run_dir;
     match std::fs::remove_dir_all(folder) {
         Ok(()) => Ok(()),
@@ -211,10 +212,30 @@ async fn end_leftover(tools: &Tools) -> Result<(), GuestError> {
         return Ok(());
     };
     match Watched::find(crate::process::identity(&process)) {
-        Ok(found) => found.kill().await,
+        Ok(found) => found.kill().await?,
         // Nothing is left of it, or the pid is another process's now.
-        Err(GuestError::Gone(_)) => Ok(()),
-        Err(error) => Err(error),
+        Err(GuestError::Gone(_)) => {}
+        Err(error) => return Err(error),
+    }
+    remove_stale_sockets(tools);
+    Ok(())
+}
+
+/// Removes the sockets of a launched copy that has ended. One that somebody listens on is another guest's.
+fn remove_stale_sockets(tools: &Tools) {
+    if tools.config.launch.is_none() {
+        return;
+    }
+    for socket in [&tools.config.qmp, &tools.config.socket]
+        .into_iter()
+        .flatten()
+    {
+        let tried = std::os::unix::net::UnixStream::connect(socket);
+        if tried.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+            && let Err(error) = std::fs::remove_file(socket)
+        {
+            tracing::warn!(socket = %socket.display(), %error, "a stale socket is left");
+        }
     }
 }
 

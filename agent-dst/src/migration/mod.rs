@@ -239,7 +239,8 @@ impl Migration {
             done = poll(&mut self.job) => Event::JobDone(done),
             request = self.requests.recv() => Event::Request(request),
             received = poll(&mut self.receiving) => Event::Received(received),
-            gone = copy_gone(&mut self.copy) => Event::CopyGone(gone),
+            // While something is done with the copy, that tells of its end; and some of it ends the copy on purpose.
+            gone = copy_gone(&mut self.copy), if self.job.is_none() => Event::CopyGone(gone),
             event = session_event(&mut self.session) => Event::Session(event),
             () = at(self.retry_at) => Event::Retry,
             () = at(self.keep_until) => Event::KeepOver,
