@@ -2,6 +2,7 @@
 //!
 //! Owns harnesses only: nothing here is part of the product. Each module says what it plays.
 
+pub mod demo;
 pub mod harness;
 pub mod lab;
 pub mod model;

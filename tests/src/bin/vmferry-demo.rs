@@ -2,11 +2,8 @@
 
 use std::process::ExitCode;
 
-use vmferry_tests::harness::role;
+use vmferry_tests::{demo, harness::role};
 
 fn main() -> ExitCode {
-    if let Some(code) = role::run_if_asked() {
-        return code;
-    }
-    ExitCode::SUCCESS
+    role::run_if_asked().unwrap_or_else(demo::main)
 }

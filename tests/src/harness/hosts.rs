@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -165,6 +166,14 @@ impl Host {
     /// # Errors
     /// The program cannot be started.
     pub fn start_migrate(&self, guest: &str, port: u16, more: &[&str]) -> anyhow::Result<Running> {
+        Running::start(
+            "vmferry-src",
+            self.migrate_command(guest, port, more),
+            &self.path("logs"),
+        )
+    }
+
+    fn migrate_command(&self, guest: &str, port: u16, more: &[&str]) -> Command {
         let mut command = self.programs.command(Role::Source);
         command
             .arg("migrate")
@@ -177,7 +186,22 @@ impl Host {
             .arg("--hooks")
             .arg(self.path("hooks"));
         command.arg("--json").args(more);
-        Running::start("vmferry-src", command, &self.path("logs"))
+        command
+    }
+
+    /// Migrates `guest` with the source agent's standard error where ours is, so that a person sees its progress.
+    ///
+    /// # Errors
+    /// The program cannot be started or does not end.
+    pub fn migrate_in_view(
+        &self,
+        guest: &str,
+        port: u16,
+        more: &[&str],
+        limit: Duration,
+    ) -> anyhow::Result<Finished> {
+        let command = self.migrate_command(guest, port, more);
+        Running::start_in_view("vmferry-src", command, &self.path("logs"))?.wait(limit)
     }
 
     /// Migrates `guest` and waits for the end.

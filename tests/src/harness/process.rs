@@ -34,7 +34,24 @@ impl Running {
     ///
     /// # Errors
     /// The program cannot be started.
-    pub fn start(name: &str, mut command: Command, dir: &Path) -> anyhow::Result<Self> {
+    pub fn start(name: &str, command: Command, dir: &Path) -> anyhow::Result<Self> {
+        Self::start_with(name, command, dir, false)
+    }
+
+    /// As [`start`](Self::start), with its standard error where ours is.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn start_in_view(name: &str, command: Command, dir: &Path) -> anyhow::Result<Self> {
+        Self::start_with(name, command, dir, true)
+    }
+
+    fn start_with(
+        name: &str,
+        mut command: Command,
+        dir: &Path,
+        in_view: bool,
+    ) -> anyhow::Result<Self> {
         static COUNT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let log = dir.join(format!("{name}-{number}.err"));
@@ -43,7 +60,11 @@ impl Running {
         let child = command
             .stdin(Stdio::null())
             .stdout(open(&out)?)
-            .stderr(open(&log)?)
+            .stderr(if in_view {
+                Stdio::inherit()
+            } else {
+                open(&log)?.into()
+            })
             .spawn()
             .with_context(|| format!("starting {name}"))?;
         Ok(Self {
