@@ -266,6 +266,8 @@ fn by_socket(qmp: PathBuf, name: GuestName) -> SourceConfig {
         qmp: Some(qmp),
         socket: None,
         disks: Vec::new(),
+        from: Vec::new(),
+        launch: None,
     }
 }
 

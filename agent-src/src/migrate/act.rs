@@ -290,11 +290,11 @@ impl Migration {
                 self.progress.note(&crate::words::of_report(&report));
             }
         }
-        tracing::info!(?report, "handover");
+        tracing::debug!(?report, "handover");
     }
 
     fn on_done(&mut self, end: SourceEnd) {
-        tracing::info!(?end, "the handover has ended");
+        tracing::debug!(?end, "the handover has ended");
         self.end = Some(end);
     }
 }

@@ -71,7 +71,7 @@ impl Migration {
     /// # Errors
     /// [`MigrateError::Hook`], where this phase's hooks may veto.
     pub(super) async fn enter(&mut self, phase: Phase) -> Result<(), MigrateError> {
-        tracing::info!(%phase, "phase");
+        tracing::debug!(%phase, "phase");
         self.phase = phase;
         self.show();
         let name = self.guest.spec().name.clone();

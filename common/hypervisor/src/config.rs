@@ -22,6 +22,12 @@ pub struct SourceConfig {
     /// Disks that are treated otherwise than `copy`.
     #[serde(default, rename = "disk")]
     pub disks: Vec<DiskConfig>,
+    /// Of use to the destination agent only: one file serves both agents of a host.
+    #[serde(default)]
+    pub from: Vec<String>,
+    /// Of use to the destination agent only: one file serves both agents of a host.
+    #[serde(default)]
+    pub launch: Option<Vec<String>>,
 }
 
 /// Guest file at the destination.

@@ -49,7 +49,7 @@ impl Hosts {
     /// The disk.
     pub fn new(programs: Programs) -> anyhow::Result<Self> {
         let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
-        let made = CertificateAuthority::create(&dir.path().join("ca"), Validity::days(30)?)?;
+        let made = CertificateAuthority::create(&dir.path().join("ca"), Validity::days(90)?)?;
         Ok(Self {
             dir,
             programs,
@@ -81,7 +81,7 @@ impl Hosts {
         let request = HostRequest {
             name: name.to_owned(),
             addresses: vec!["127.0.0.1".parse()?, "localhost".parse()?],
-            validity: Validity::days(30)?,
+            validity: Validity::days(90)?,
         };
         self.authority.issue(&request, &dir.join("identity"))?;
         Ok(Host {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
@@ -93,6 +94,20 @@ pub struct SimGuest {
     beats: PathBuf,
     /// The first one, started here; those after it are launched by agents.
     first: Running,
+    /// Its control sockets on all hosts.
+    sockets: Mutex<Vec<PathBuf>>,
+}
+
+impl Drop for SimGuest {
+    fn drop(&mut self) {
+        let sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        for socket in sockets.iter() {
+            // Wherever it is now, nobody needs it any more.
+            if let Ok(mut client) = Client::connect(socket) {
+                let _ = client.quit();
+            }
+        }
+    }
 }
 
 impl SimGuest {
@@ -111,7 +126,12 @@ impl SimGuest {
         first.wait_for("ready", START_LIMIT, |out, _| {
             out.contains("ready").then_some(())
         })?;
-        let guest = Self { spec, beats, first };
+        let guest = Self {
+            spec,
+            beats,
+            first,
+            sockets: Mutex::default(),
+        };
         guest.write_source_file(host)?;
         Ok(guest)
     }
@@ -145,6 +165,8 @@ impl SimGuest {
     }
 
     fn common(&self, host: &Host) -> Table {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        sockets.push(socket(host, &self.spec.name));
         let mut table = Table::new();
         table.insert("name".into(), self.spec.name.clone().into());
         table.insert("driver".into(), "sim".into());

@@ -24,6 +24,8 @@ fn source_config(host: &Host) -> SourceConfig {
         qmp: Some(host.path("qmp")),
         socket: None,
         disks: Vec::new(),
+        from: Vec::new(),
+        launch: None,
     }
 }
 
