@@ -6,6 +6,7 @@
 
 pub mod hosts;
 pub mod process;
+pub mod qemu;
 pub mod role;
 pub mod sim;
 
