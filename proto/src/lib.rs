@@ -23,3 +23,6 @@ pub mod session_source;
 pub mod spec;
 pub mod version;
 pub mod wire;
+
+#[cfg(test)]
+mod session_tests;

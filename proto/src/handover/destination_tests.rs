@@ -72,9 +72,12 @@ fn at(events: Vec<E>) -> DestinationHandover {
 }
 
 fn recorded(actions: &[A]) -> Option<&DestinationState> {
-    actions.iter().find_map(|action| match action {
-        A::Record(record) => Some(&record.state),
-        _ => None,
+    actions.iter().find_map(|action| {
+        if let A::Record(record) = action {
+            Some(&record.state)
+        } else {
+            None
+        }
     })
 }
 
@@ -85,9 +88,12 @@ fn starts(actions: &[A]) -> bool {
 }
 
 fn verdict(actions: &[A]) -> Option<&Verdict> {
-    actions.iter().find_map(|action| match action {
-        A::Send(ToSource::Outcome(Outcome { verdict, .. })) => Some(verdict),
-        _ => None,
+    actions.iter().find_map(|action| {
+        if let A::Send(ToSource::Outcome(Outcome { verdict, .. })) = action {
+            Some(verdict)
+        } else {
+            None
+        }
     })
 }
 

@@ -74,9 +74,12 @@ fn at(shared: bool, events: Vec<E>) -> SourceHandover {
 }
 
 fn recorded(actions: &[A]) -> Option<&SourceState> {
-    actions.iter().find_map(|action| match action {
-        A::Record(record) => Some(&record.state),
-        _ => None,
+    actions.iter().find_map(|action| {
+        if let A::Record(record) = action {
+            Some(&record.state)
+        } else {
+            None
+        }
     })
 }
 
@@ -89,9 +92,12 @@ fn resumes(actions: &[A]) -> bool {
 fn sent(actions: &[A]) -> Vec<&ToDestination> {
     actions
         .iter()
-        .filter_map(|action| match action {
-            A::Send(message) => Some(message),
-            _ => None,
+        .filter_map(|action| {
+            if let A::Send(message) = action {
+                Some(message)
+            } else {
+                None
+            }
         })
         .collect()
 }
@@ -132,7 +138,10 @@ fn hand_3_the_good_case_records_before_it_acts() {
     assert!(pause.contains(&A::PauseGuest { attempt: ONE }));
 
     let mut machine = at(false, to_committing());
-    assert!(sent(&[]).is_empty() && machine.is_in_doubt());
+    assert!(
+        machine.is_in_doubt(),
+        "from the moment COMMITTING is handed to the journal"
+    );
     let commit = feed(&mut machine, [E::Recorded]);
     assert_eq!(sent(&commit), [&ToDestination::Commit(KEY)]);
     let released = feed(
