@@ -370,7 +370,7 @@ impl World {
                     self.source.session = Some((session, false));
                     self.say(Message::Hello(session));
                 }
-                SourceAction::Send(message) => self.source_sends(message, mutation),
+                SourceAction::Send(message) => self.source_sends(&message, mutation),
                 SourceAction::PauseGuest { .. } => self.source.work = Some(Work::Pause),
                 SourceAction::StreamFinal { attempt, .. } => {
                     self.source.work = Some(Work::Stream(attempt));
@@ -406,7 +406,7 @@ impl World {
         self.source.disk.writing = Some(record);
     }
 
-    fn source_sends(&mut self, message: ToDestination, mutation: Option<Mutation>) {
+    fn source_sends(&mut self, message: &ToDestination, mutation: Option<Mutation>) {
         let register = |mut key: AttemptKey| {
             if mutation == Some(Mutation::BelieveOtherRegister) {
                 key.register = self.destination.register;
@@ -414,10 +414,10 @@ impl World {
             key
         };
         let message = match message {
-            ToDestination::OpenAttempt { attempt } => Message::Open(attempt),
-            ToDestination::Abort { attempt, .. } => Message::Abort(attempt),
-            ToDestination::Commit(key) => Message::Commit(register(key)),
-            ToDestination::Query(key) => Message::Query(register(key)),
+            ToDestination::OpenAttempt { attempt } => Message::Open(*attempt),
+            ToDestination::Abort { attempt, .. } => Message::Abort(*attempt),
+            ToDestination::Commit(key) => Message::Commit(register(*key)),
+            ToDestination::Query(key) => Message::Query(register(*key)),
             ToDestination::Cancel { .. } => Message::Cancel,
             ToDestination::Goodbye => return,
             ToDestination::Hello(_)
