@@ -75,6 +75,6 @@ fn read_owner(args: &NameArgs) -> Result<Ownership, Box<dyn std::error::Error>> 
 }
 
 fn fail(error: &dyn std::error::Error, code: u8) -> ExitCode {
-    eprintln!("vmferry-dst: {}", chain(error));
+    eprintln!("error: {}", chain(error));
     ExitCode::from(code)
 }

@@ -3,6 +3,7 @@
 //! Owns the command line only; the work is done by the library. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
@@ -45,8 +46,18 @@ enum Command {
     },
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Init { dir, days } => {
             let made = CertificateAuthority::create(&dir, Validity::days(days)?)
                 .with_context(|| format!("no CA was made in {}", dir.display()))?;
