@@ -305,6 +305,7 @@ async fn run(
         migration: record.migration,
         generation: record.generation,
         lanes: options.lanes,
+        connections: options.connections,
     };
     let before = desk.guest.spec().run_state;
     let parts = Parts {

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::future::select_all;
 use quinn::{Connection, Endpoint};
 use tokio::sync::mpsc;
 use vmferry_common::control::{self, ControlReceiver, ControlSender};
@@ -43,14 +44,27 @@ pub struct Dialer {
     pub generation: Generation,
     /// Lanes of each session.
     pub lanes: u8,
+    /// Connections of each session: more than one fills a long line with random loss better.
+    pub connections: u8,
+}
+
+/// A connection of a session, with the control stream that it began with.
+#[derive(Debug)]
+struct Link {
+    /// Kept alive: the connection's packets go through it.
+    endpoint: Endpoint,
+    connection: Connection,
+    sender: ControlSender<ToDestination>,
+    receiver: ControlReceiver<ToSource>,
 }
 
 /// An open session.
 #[derive(Debug)]
 pub struct Session {
-    /// Kept alive: the connection's packets go through it.
-    _endpoint: Endpoint,
+    endpoint: Endpoint,
     connection: Connection,
+    /// Connections 1 and up: they carry lanes only, and their control streams stay silent (`[WIRE-13]`).
+    further: Vec<Link>,
     sender: ControlSender<ToDestination>,
     receiver: ControlReceiver<ToSource>,
     welcome: Welcome,
@@ -67,21 +81,25 @@ impl Dialer {
     /// # Errors
     /// No connection, refused by either side, or no version in common.
     pub async fn dial(&self, number: SessionNumber) -> Result<Session, MigrateError> {
-        let (endpoint, connection) = endpoint::connect(&self.to, &self.identity, &self.tuning)
-            .await
-            .map_err(MigrateError::Connect)?;
-        let greeting = self.greet(&connection, number);
-        let (sender, receiver, welcome) =
-            match tokio::time::timeout(self.tuning.connect_timeout, greeting).await {
-                Ok(greeted) => greeted?,
-                Err(_) => return Err(MigrateError::SessionLost(LinkError::NoWelcome)),
-            };
+        let (first, welcome) = self.link(number, 0).await?;
+        let mut further = Vec::new();
+        for position in 1..self.connections {
+            let (link, again) = self.link(number, position).await?;
+            if again.register != welcome.register {
+                return Err(violation(
+                    "the connections of one session reach different destinations",
+                ));
+            }
+            further.push(link);
+        }
+        tracing::info!(agent = %welcome.agent, register = %welcome.register, session = %number, connections = self.connections, "connected");
         let (failures, failed) = mpsc::unbounded_channel();
         Ok(Session {
-            _endpoint: endpoint,
-            connection,
-            sender,
-            receiver,
+            endpoint: first.endpoint,
+            connection: first.connection,
+            further,
+            sender: first.sender,
+            receiver: first.receiver,
             welcome,
             header: StreamHeader {
                 kind: StreamKind::Lane { lane: Lane(0) },
@@ -95,10 +113,33 @@ impl Dialer {
         })
     }
 
+    /// Connection number `position` of the session, up to its `Welcome`.
+    async fn link(
+        &self,
+        number: SessionNumber,
+        position: u8,
+    ) -> Result<(Link, Welcome), MigrateError> {
+        let (endpoint, connection) = endpoint::connect(&self.to, &self.identity, &self.tuning)
+            .await
+            .map_err(MigrateError::Connect)?;
+        let greeting = self.greet(&connection, number, position);
+        let greeted = tokio::time::timeout(self.tuning.connect_timeout, greeting).await;
+        let no_welcome = |_elapsed| MigrateError::SessionLost(LinkError::NoWelcome);
+        let (sender, receiver, welcome) = greeted.map_err(no_welcome)??;
+        let link = Link {
+            endpoint,
+            connection,
+            sender,
+            receiver,
+        };
+        Ok((link, welcome))
+    }
+
     async fn greet(
         &self,
         connection: &Connection,
         number: SessionNumber,
+        position: u8,
     ) -> Result<
         (
             ControlSender<ToDestination>,
@@ -118,8 +159,8 @@ impl Dialer {
             generation: self.generation,
             session: number,
             lanes: self.lanes,
-            connections: 1,
-            connection: 0,
+            connections: self.connections,
+            connection: position,
         };
         sender
             .send(&ToDestination::Hello(hello))
@@ -143,7 +184,6 @@ impl Dialer {
                 "Welcome names a version or session that was not offered",
             ));
         }
-        tracing::info!(agent = %welcome.agent, register = %welcome.register, session = %number, "connected");
         Ok(())
     }
 }
@@ -188,11 +228,24 @@ impl Session {
     ) -> Result<(), LinkError> {
         let mut senders = Vec::new();
         for lane in (0..count).map(Lane) {
-            let opened = LaneSender::open(&self.connection, self.header, lane, &self.peer).await;
+            let connection = self.connection_of(lane);
+            let opened = LaneSender::open(connection, self.header, lane, &self.peer).await;
             senders.push(opened.map_err(|error| LinkError::Lane(error.into()))?);
         }
         self.lanes = Some(Lanes::start(senders, pacer, counters, &self.failures));
         Ok(())
+    }
+
+    /// Lane `l` is on connection `l mod connections` (`[WIRE-13]`).
+    fn connection_of(&self, lane: Lane) -> &Connection {
+        let position = usize::from(lane.0) % (self.further.len() + 1);
+        match position
+            .checked_sub(1)
+            .and_then(|further| self.further.get(further))
+        {
+            Some(link) => &link.connection,
+            None => &self.connection,
+        }
     }
 
     /// The lanes, once they are open.
@@ -229,7 +282,10 @@ impl Session {
     /// The link, a lane, or a peer that broke the protocol.
     pub async fn next(session: Option<&mut Self>) -> Result<ToSource, LinkError> {
         let Some(Self {
-            receiver, failed, ..
+            receiver,
+            failed,
+            further,
+            ..
         }) = session
         else {
             return std::future::pending().await;
@@ -243,6 +299,7 @@ impl Session {
                     None => Err(LinkError::Control(error)),
                 },
             },
+            () = any_closed(further) => Err(LinkError::Closed),
             // The sending half is in the session, so there is always another one to wait for.
             Some(failure) = failed.recv() => Err(LinkError::Lane(failure.error)),
         }
@@ -268,10 +325,22 @@ impl Session {
         // The peer ends its side once it has read everything; a peer that does not is not waited for.
         let drained = async { while let Ok(Some(_late)) = self.receiver.recv().await {} };
         let _ = tokio::time::timeout(std::time::Duration::from_millis(500), drained).await;
+        for link in &self.further {
+            link.connection.close(0u32.into(), b"done");
+        }
         self.connection.close(0u32.into(), b"done");
-        let idle = self._endpoint.wait_idle();
+        let idle = self.endpoint.wait_idle();
         let _ = tokio::time::timeout(std::time::Duration::from_millis(500), idle).await;
     }
+}
+
+/// Returns when one of the connections is gone; never without any. Cancel safe.
+async fn any_closed(links: &[Link]) {
+    if links.is_empty() {
+        return std::future::pending().await;
+    }
+    let closed = links.iter().map(|link| Box::pin(link.connection.closed()));
+    select_all(closed).await;
 }
 
 fn violation(detail: &str) -> MigrateError {

@@ -55,3 +55,31 @@ fn a_busy_guest_moves_and_nothing_is_wrong() {
     assert_eq!(beats.handovers().len(), 1);
     guest.end_on(&pair.beta);
 }
+
+#[test]
+fn a_session_of_several_connections_moves_a_guest() {
+    let pair = pair();
+    let guest = SimGuest::start(SimSpec::small("web"), &pair.alpha).unwrap();
+    guest.expect_at(&pair.beta, &["alpha"]).unwrap();
+    let more = [
+        "--connections",
+        "3",
+        "--lanes",
+        "4",
+        "--verify",
+        "full",
+        "--max-downtime",
+        "2s",
+    ];
+    let done = pair.alpha.migrate("web", pair.agent.port, &more).unwrap();
+    assert_eq!(
+        done.code(),
+        0,
+        "{}\n{}",
+        done.stderr,
+        pair.agent.process.stderr()
+    );
+    guest.wait_for_beats(50).unwrap();
+    guest.verify_on(&pair.beta).unwrap();
+    guest.beats().unwrap().check().unwrap();
+}
