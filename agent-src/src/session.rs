@@ -20,7 +20,9 @@ use vmferry_proto::frame::{StreamHeader, StreamKind};
 use vmferry_proto::ids::{
     Attempt, Generation, GuestName, Lane, MigrationId, RegisterId, SessionNumber,
 };
-use vmferry_proto::message::{Hello, Offer, Ready, ToDestination, ToSource, Welcome};
+use vmferry_proto::message::{
+    Hello, Offer, Outcome, Ready, ToDestination, ToSource, Verdict, Welcome,
+};
 use vmferry_proto::spec::GuestSpec;
 use vmferry_proto::version::{Features, SUPPORTED};
 
@@ -310,11 +312,18 @@ impl Session {
     /// # Errors
     /// The link, or the destination's refusal.
     pub async fn ready(&mut self) -> Result<Ready, MigrateError> {
-        match Self::next(Some(self)).await {
-            Ok(ToSource::Ready(ready)) => Ok(ready),
-            Ok(ToSource::Error(error)) => Err(MigrateError::Peer(error)),
-            Ok(_) => Err(violation("another message came where Ready was expected")),
-            Err(error) => Err(MigrateError::SessionLost(error)),
+        loop {
+            match Self::next(Some(self)).await {
+                Ok(ToSource::Ready(ready)) => return Ok(ready),
+                Ok(ToSource::Error(error)) => return Err(MigrateError::Peer(error)),
+                // The offer settles an attempt that a lost session left open: it was rolled back here before.
+                Ok(ToSource::Outcome(Outcome {
+                    verdict: Verdict::Aborted(_),
+                    ..
+                })) => {}
+                Ok(_) => return Err(violation("another message came where Ready was expected")),
+                Err(error) => return Err(MigrateError::SessionLost(error)),
+            }
         }
     }
 
