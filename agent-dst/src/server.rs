@@ -15,10 +15,12 @@ use tokio_util::task::TaskTracker;
 use vmferry_common::control;
 use vmferry_common::endpoint::{self, EndpointError, TransportTuning};
 use vmferry_common::identity::{Identity, PeerName};
+use vmferry_common::state::GuestLock;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
-    Admission, CopyFound, DestinationFacts, DestinationHandover, DestinationRecord, admit,
+    Admission, CopyFound, DestinationAction, DestinationFacts, DestinationHandover,
+    DestinationRecord, ProcessRecord, admit,
 };
 use vmferry_proto::ids::GuestName;
 use vmferry_proto::message::Hello;
@@ -43,6 +45,15 @@ const IDLE_TIME: Duration = Duration::from_secs(5);
 
 /// A guest's place in the table: locked while a session of it is being let in.
 type Slot = Arc<Mutex<Option<MigrationHandle>>>;
+
+/// A migration that is about to have its task.
+struct Begun {
+    config: TargetConfig,
+    lock: GuestLock,
+    handover: DestinationHandover,
+    leftover: Option<ProcessRecord>,
+    awaited: bool,
+}
 
 /// The waiting agent.
 #[derive(Debug)]
@@ -162,21 +173,18 @@ impl Server {
                 WireError::new(ErrorCode::ShuttingDown, "the destination agent is stopping");
             return opening.refuse(&error);
         }
-        if let Err(error) = make_way(&mut slot, &opening).await {
-            return opening.refuse(&error);
+        let Some(opening) = pass_on(&mut slot, Box::new(opening)).await else {
+            return;
+        };
+        match self.begin(&opening.hello, &opening.peer, config) {
+            Ok(handle) => *slot = Some(handle),
+            Err(error) => return opening.refuse(&error),
         }
-        if slot.is_none() {
-            match self.begin(&opening.hello, &opening.peer, config) {
-                Ok(handle) => *slot = Some(handle),
-                Err(error) => return opening.refuse(&error),
-            }
-        }
-        if let Some(handle) = &*slot
-            && let Err(unsent) = handle.requests.try_send(Request::Open(Box::new(opening)))
-            && let Request::Open(opening) = unsent.into_inner()
-        {
-            let error =
-                WireError::new(ErrorCode::GuestBusy, "too many sessions at once: try again");
+        if let Some(opening) = pass_on(&mut slot, opening).await {
+            let error = WireError::new(
+                ErrorCode::GuestBusy,
+                "the migration has just ended: try again",
+            );
             opening.refuse(&error);
         }
     }
@@ -209,7 +217,7 @@ impl Server {
         let source = self.host.store.source(&hello.guest)?;
         let admission = admit(hello, peer.as_str(), source.as_ref(), record.as_ref())?;
         match (admission, record) {
-            (Admission::Known, Some(record)) => Ok(self.resume(record, config, lock)),
+            (Admission::Known, Some(record)) => Ok(self.resume(record, config, lock, true)),
             (Admission::Known | Admission::New, _) => {
                 let facts = DestinationFacts {
                     guest: hello.guest.clone(),
@@ -219,7 +227,14 @@ impl Server {
                     register: self.host.register,
                 };
                 let handover = DestinationHandover::new(facts.clone());
-                Ok(self.spawn(&facts, config, lock, handover, None, Vec::new()))
+                let begun = Begun {
+                    config,
+                    lock,
+                    handover,
+                    leftover: None,
+                    awaited: true,
+                };
+                Ok(self.spawn(&facts, begun, Vec::new()))
             }
         }
     }
@@ -229,7 +244,8 @@ impl Server {
         &self,
         record: DestinationRecord,
         config: TargetConfig,
-        lock: vmferry_common::state::GuestLock,
+        lock: GuestLock,
+        awaited: bool,
     ) -> MigrationHandle {
         let facts = DestinationFacts {
             guest: record.guest.clone(),
@@ -246,29 +262,43 @@ impl Server {
             CopyFound::Missing
         };
         let (handover, actions) = DestinationHandover::recover(record, found);
-        self.spawn(&facts, config, lock, handover, leftover, actions)
+        self.spawn(
+            &facts,
+            Begun {
+                config,
+                lock,
+                handover,
+                leftover,
+                awaited,
+            },
+            actions,
+        )
     }
 
     fn spawn(
         &self,
         facts: &DestinationFacts,
-        config: TargetConfig,
-        lock: vmferry_common::state::GuestLock,
-        handover: DestinationHandover,
-        leftover: Option<vmferry_proto::handover::ProcessRecord>,
-        actions: Vec<vmferry_proto::handover::DestinationAction>,
+        begun: Begun,
+        actions: Vec<DestinationAction>,
     ) -> MigrationHandle {
         let (hooks, teller) = Hooks::new(self.host.hooks.clone(), facts);
-        let tracker = Arc::new(Tracker::new(MigrationStatus::begun(facts)));
+        let Begun {
+            config,
+            lock,
+            handover,
+            leftover,
+            awaited,
+        } = begun;
         let parts = Parts {
             host: self.host.clone(),
             config,
             lock,
             hooks,
             teller,
-            tracker,
+            tracker: Arc::new(Tracker::new(MigrationStatus::begun(facts))),
             handover,
             leftover,
+            awaited,
         };
         migration::spawn(parts, actions)
     }
@@ -312,7 +342,7 @@ impl Server {
         };
         let lock = self.host.store.lock(guest).map_err(|error| chain(&error))?;
         tracing::info!(%guest, state = record.state.name(), "going on from the journal");
-        Ok(Some(self.resume(record, config, lock)))
+        Ok(Some(self.resume(record, config, lock, false)))
     }
 
     /// Ends every migration that can be ended, waits for all, and closes the endpoint.
@@ -354,35 +384,40 @@ impl Server {
     }
 }
 
-/// Makes sure that the migration in `slot`, if any, is the one that `opening` wants, or is gone.
-async fn make_way(slot: &mut Option<MigrationHandle>, opening: &Opening) -> Result<(), WireError> {
+/// Hands `opening` to the migration in `slot`. It comes back if there is none, or if that one has gone away for it.
+async fn pass_on(
+    slot: &mut Option<MigrationHandle>,
+    opening: Box<Opening>,
+) -> Option<Box<Opening>> {
     let Some(handle) = slot.as_mut() else {
-        return Ok(());
+        return Some(opening);
     };
     let (answer, answered) = oneshot::channel();
-    let wanted = Request::MakeWay {
-        migration: opening.hello.migration,
-        sender: opening.peer.clone(),
-        answer,
-    };
-    // A closed queue means that it has ended; so does an answer that never comes.
-    let stays = match handle.requests.send(wanted).await {
-        Ok(()) => answered.await.unwrap_or(Ok(false))?,
-        Err(_) => false,
-    };
-    if stays {
-        return Ok(());
-    }
+    let back = match handle
+        .requests
+        .send(Request::Open { opening, answer })
+        .await
+    {
+        // A task that ended badly answers nothing, and its connection is closed with it.
+        Ok(()) => answered.await.ok().flatten(),
+        Err(unsent) => match unsent.0 {
+            Request::Open { opening, .. } => Some(opening),
+            Request::ShutDown => None,
+        },
+    }?;
     match tokio::time::timeout(MAKE_WAY_TIME, &mut handle.task).await {
         Ok(joined) => {
             log_join(joined);
             *slot = None;
-            Ok(())
+            Some(back)
         }
-        Err(_) => Err(WireError::new(
-            ErrorCode::GuestBusy,
-            "the migration before this one is still being cleaned up: try again",
-        )),
+        Err(_) => {
+            back.refuse(&WireError::new(
+                ErrorCode::GuestBusy,
+                "the migration before this one is still being cleaned up: try again",
+            ));
+            None
+        }
     }
 }
 
@@ -405,7 +440,7 @@ fn needs_work(record: &DestinationRecord) -> bool {
     }
 }
 
-fn is_alive(process: &vmferry_proto::handover::ProcessRecord) -> bool {
+fn is_alive(process: &ProcessRecord) -> bool {
     // What cannot be told is looked at again when it is to be ended.
     crate::process::identity(process).is_alive().unwrap_or(true)
 }

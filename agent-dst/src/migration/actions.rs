@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vmferry_common::phase::{Ending, Phase};
 use vmferry_hypervisor::open::TargetOptions;
@@ -18,14 +18,12 @@ use vmferry_proto::ids::{Attempt, SessionNumber};
 use vmferry_proto::message::{Ready, ToSource, Welcome};
 
 use super::jobs::{self, Guest, Job, JobDone, NotStarted, Outcome, Then, Tools};
-use super::{Copied, Migration};
+use super::{Copied, LINGER, Migration};
 use crate::coverage::Coverage;
 use crate::receipt::{self, ReceiptContext};
 use crate::session::Opening;
 use crate::sink::Sink;
 
-/// How long a source may keep the session of a settled migration open: it has its own copy to let go first.
-const LINGER: Duration = Duration::from_secs(60);
 /// How this agent names itself in `Welcome`.
 const AGENT: &str = concat!("vmferry-dst ", env!("CARGO_PKG_VERSION"));
 
@@ -242,7 +240,13 @@ impl Migration {
             DestinationReport::StartUncertain { attempt, reason } => {
                 tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
                 self.tracker.failed(reason.to_string());
-                self.retry_later();
+                if self.copy.is_some() {
+                    self.retry_later();
+                } else {
+                    // An agent before this one held the copy: only its own monitor can say more.
+                    tracing::error!(%guest, "look at the guest's hypervisor: if it stands paused, let it go on by hand");
+                    self.settle();
+                }
             }
             DestinationReport::DiscardFailed { reason } => {
                 tracing::error!(%guest, "{reason}");
@@ -276,6 +280,11 @@ impl Migration {
                 self.tracker.failed(reason.to_string());
             }
         }
+        self.settle();
+    }
+
+    /// There is nothing more to do for the guest: it and its name are let go.
+    pub(super) fn settle(&mut self) {
         self.copy = None;
         self.lock = None;
         self.over = true;

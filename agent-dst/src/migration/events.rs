@@ -4,32 +4,27 @@
 //! is due, or belongs to the script of the attempt that is open. Whatever the peer does wrong ends the session with one
 //! coded error and, while that is still possible, the migration at this side.
 
-use vmferry_common::identity::PeerName;
 use vmferry_common::phase::Phase;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{DestinationEvent, admit};
-use vmferry_proto::ids::{Attempt, MigrationId};
+use vmferry_proto::ids::Attempt;
 use vmferry_proto::message::{Offer, ResumePoint};
 use vmferry_proto::session_destination::DestinationSessionEvent;
 use vmferry_proto::spec::GuestSpec;
 
 use super::jobs::{Job, Then};
-use super::{Event, Migration, RETRY_AFTER, Request};
+use super::{Event, LINGER, Migration, RETRY_AFTER, Request};
 use crate::receipt::{Order, ReceiptError, Received};
 use crate::session::{Opening, Session, SessionEvent};
 
 impl Migration {
     pub(super) async fn on(&mut self, event: Event) {
         match event {
-            Event::Request(Some(Request::Open(opening))) => self.on_open(*opening).await,
-            Event::Request(Some(Request::MakeWay {
-                migration,
-                sender,
-                answer,
-            })) => {
-                let stays = self.on_make_way(migration, &sender).await;
-                // The one who asked may have gone.
-                let _ = answer.send(stays);
+            Event::Request(Some(Request::Open { opening, answer })) => {
+                self.awaited = false;
+                let back = self.take_opening(opening).await;
+                // A server that no longer waits has closed the connection.
+                let _ = answer.send(back);
             }
             Event::Request(Some(Request::ShutDown) | None) => self.on_shut_down().await,
             Event::Session(event) => self.on_session(event).await,
@@ -67,7 +62,7 @@ impl Migration {
         tracing::info!(guest = %opening.hello.guest, peer = %opening.peer, session = session.0, "session opened");
         self.tracker.connected(session.0);
         self.session = Some(Session::new(opening));
-        self.keep_until = None;
+        self.keep_until = self.over.then(|| tokio::time::Instant::now() + LINGER);
         if std::mem::replace(&mut self.phase_hooks.negotiate, true) {
             self.feed(DestinationEvent::SessionOpened { session }).await;
         } else {
@@ -76,37 +71,36 @@ impl Migration {
         }
     }
 
-    /// Whether this migration takes the session that is waiting. A copy that lost its source gives way to that source's next
-    /// migration: a source that forgot the old one cannot cancel it.
-    async fn on_make_way(
-        &mut self,
-        wanted: MigrationId,
-        sender: &PeerName,
-    ) -> Result<bool, WireError> {
+    /// Deals with a session that wants in, or gives it back and goes away. A copy that lost its source gives way to that
+    /// source's next migration: a source that forgot the old one cannot cancel it.
+    async fn take_opening(&mut self, opening: Box<Opening>) -> Option<Box<Opening>> {
         let record = self.handover.record();
-        let connected = self.session.is_some();
-        if wanted == record.migration && (connected || !self.over) {
-            return Ok(true);
+        let wanted = opening.hello.migration;
+        if wanted == record.migration {
+            self.on_open(*opening).await;
+            return None;
         }
         if self.over {
             self.end_session(None).await;
-            return Ok(false);
+            return Some(opening);
         }
-        if connected || self.handover.is_owned() || sender.as_str() != record.sender {
-            return Err(WireError::new(
+        let same_sender = opening.peer.as_str() == record.sender;
+        if self.session.is_some() || self.handover.is_owned() || !same_sender {
+            opening.refuse(&WireError::new(
                 ErrorCode::GuestBusy,
                 format!(
                     "migration {} from {} holds guest {} here",
                     record.migration, record.sender, record.guest
                 ),
             ));
+            return None;
         }
         self.give_up(WireError::new(
             ErrorCode::Cancelled,
             format!("its source began a new migration, {wanted}"),
         ))
         .await;
-        Ok(false)
+        Some(opening)
     }
 
     /// Whether a session of this migration may be let in.

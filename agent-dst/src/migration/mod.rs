@@ -16,13 +16,12 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use vmferry_common::identity::PeerName;
 use vmferry_common::state::GuestLock;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_hypervisor::{GuestLife, TargetGuest};
-use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::handover::{DestinationHandover, ProcessRecord};
-use vmferry_proto::ids::{Incarnation, MigrationId};
+use vmferry_proto::error::WireError;
+use vmferry_proto::handover::{DestinationHandover, DestinationState, ProcessRecord};
+use vmferry_proto::ids::Incarnation;
 use vmferry_proto::message::ResumePoint;
 use vmferry_proto::spec::GuestSpec;
 
@@ -38,6 +37,8 @@ use jobs::{Job, JobDone};
 
 /// After this time something that failed here (a record, a start, a discard) is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// How long a source may keep the session of a settled migration open: it has its own copy to let go first.
+const LINGER: Duration = Duration::from_secs(60);
 /// Requests that may wait for a migration: a session and its further connections.
 const REQUESTS: usize = 32;
 
@@ -45,15 +46,11 @@ const REQUESTS: usize = 32;
 #[derive(Debug)]
 pub(crate) enum Request {
     /// A session wants in, or a further connection of one.
-    Open(Box<Opening>),
-    /// A session of `migration` is waiting: answered with whether this migration stays to take it, or goes.
-    MakeWay {
-        /// The migration that is wanted.
-        migration: MigrationId,
-        /// Who wants it.
-        sender: PeerName,
-        /// The answer, or the refusal.
-        answer: oneshot::Sender<Result<bool, WireError>>,
+    Open {
+        /// Its beginning.
+        opening: Box<Opening>,
+        /// Told that it was dealt with; given back what belongs to the migration after this one, which goes away.
+        answer: oneshot::Sender<Option<Box<Opening>>>,
     },
     /// The agent is told to stop.
     ShutDown,
@@ -77,6 +74,8 @@ pub(crate) struct Parts {
     pub(crate) teller: Teller,
     pub(crate) tracker: Arc<Tracker>,
     pub(crate) handover: DestinationHandover,
+    /// Whether a session of it is on its way.
+    pub(crate) awaited: bool,
     /// A process that an earlier agent left behind.
     pub(crate) leftover: Option<ProcessRecord>,
 }
@@ -109,6 +108,8 @@ struct Migration {
     keep_until: Option<Instant>,
     retry_at: Option<Instant>,
     phase_hooks: PhasesAsked,
+    /// A session is on its way here: it is answered even if all is settled.
+    awaited: bool,
     over: bool,
     shutting_down: bool,
 }
@@ -188,6 +189,7 @@ impl Migration {
             keep_until,
             retry_at: None,
             phase_hooks: PhasesAsked::default(),
+            awaited: parts.awaited,
             over: false,
             shutting_down: false,
         }
@@ -195,6 +197,9 @@ impl Migration {
 
     async fn run(mut self, recovery: Vec<vmferry_proto::handover::DestinationAction>) {
         self.carry_out(recovery).await;
+        if let DestinationState::Owned { started: true, .. } = self.handover.record().state {
+            self.settle();
+        }
         self.begin_next_job();
         while !self.is_finished() {
             let event = self.next().await;
@@ -203,11 +208,9 @@ impl Migration {
         }
         self.requests.close();
         while let Ok(request) = self.requests.try_recv() {
-            if let Request::Open(opening) = request {
-                opening.refuse(&WireError::new(
-                    ErrorCode::GuestBusy,
-                    "the migration has just ended here: try again",
-                ));
+            if let Request::Open { opening, answer } = request {
+                // A server that no longer waits has closed the connection.
+                let _ = answer.send(Some(opening));
             }
         }
         let Self {
@@ -223,7 +226,8 @@ impl Migration {
 
     /// Settled, nobody connected, nothing being done: whoever asks later is answered from the journal.
     fn is_finished(&self) -> bool {
-        let idle = self.session.is_none() && self.job.is_none() && self.jobs.is_empty();
+        let idle =
+            !self.awaited && self.session.is_none() && self.job.is_none() && self.jobs.is_empty();
         idle && (self.over || (self.shutting_down && self.is_stuck()))
     }
 
