@@ -2,6 +2,7 @@
 //!
 //! Owns harnesses only: nothing here is part of the product. Each module says what it plays.
 
+pub mod bench;
 pub mod demo;
 pub mod harness;
 pub mod lab;

@@ -1,0 +1,72 @@
+//! How fast the copy is, against bare quinn without compression and against one core's zstd with it.
+//!
+//! A guest of 1 GiB, three quarters of it not zero, over loopback. Each run takes the yardstick and the migration one
+//! after the other; the ratio is that of a run, the figure its median.
+
+use std::process::ExitCode;
+
+use vmferry_tests::bench::{self, Pair, Series, Target, quinn, zstd};
+use vmferry_tests::harness::sim::SimSpec;
+
+const RUNS: u32 = 5;
+const MIB: f64 = 1_048_576.0;
+const LEVEL: i32 = 1;
+
+fn main() -> ExitCode {
+    bench::main(|| {
+        let mut pair = Pair::new(env!("CARGO_BIN_EXE_vmferry-demo"))?;
+        raw(&mut pair)?;
+        compressed(&mut pair)
+    })
+}
+
+fn idle(name: &str, content: &'static str) -> SimSpec {
+    SimSpec {
+        ram: 1 << 30,
+        disk: 0,
+        dirty_rate: 0,
+        working_set: 1 << 20,
+        disk_rate: 0,
+        content,
+        ..SimSpec::small(name)
+    }
+}
+
+fn raw(pair: &mut Pair) -> anyhow::Result<()> {
+    let mut bare = Series::new("bare quinn", "MiB/s");
+    let mut copy = Series::new("copy, --compress off", "MiB/s");
+    let mut ratio = Series::new("ratio", "");
+    let spec = idle("raw", "random");
+    for _ in 0..bench::runs(RUNS) {
+        let moved = pair.move_one(&spec, &["--compress", "off"])?;
+        let yardstick = quinn::transfer(&pair.alpha, &pair.beta, moved.content()?)?;
+        let goodput = moved.goodput()?;
+        bare.push(yardstick / MIB);
+        copy.push(goodput / MIB);
+        ratio.push(goodput / yardstick);
+    }
+    println!("copy of 1 GiB, three quarters random, against bare quinn between two processes");
+    println!("{bare}\n{copy}\n{ratio}");
+    Target::AtLeast(0.6).judge("goodput to bare quinn", ratio.median(), "");
+    Ok(())
+}
+
+fn compressed(pair: &mut Pair) -> anyhow::Result<()> {
+    let mut alone = Series::new("zstd, one core", "MiB/s");
+    let mut copy = Series::new("copy, --compress 1", "MiB/s");
+    let mut ratio = Series::new("ratio", "");
+    let (sample, level) = (zstd::text()?, LEVEL.to_string());
+    let spec = idle("text", "text");
+    for _ in 0..bench::runs(RUNS) {
+        let moved = pair.move_one(&spec, &["--compress", &level])?;
+        let yardstick = zstd::one_core(&sample, LEVEL)?;
+        let goodput = moved.goodput()?;
+        alone.push(yardstick / MIB);
+        copy.push(goodput / MIB);
+        ratio.push(goodput / yardstick);
+    }
+    println!("copy of 1 GiB, three quarters text, against one core's zstd at level {LEVEL}");
+    println!("{alone}\n{copy}\n{ratio}");
+    Target::AtLeast(0.9).judge("input bytes to one core's zstd", ratio.median(), "");
+    Ok(())
+}
