@@ -2,13 +2,13 @@
 //!
 //! Owns what a script is told and what its refusal means here; running scripts belongs to `vmferry_common::hooks`. Phases
 //! `negotiate prepare copy converged pause final load` are asked before they begin and may refuse; `commit start release`
-//! are told when they are over, in order and beside everything else, since nothing may hold up a guest that is owned.
+//! and the end are told when they are over, in order and beside everything else, since nothing may hold up a guest that is owned.
 
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use vmferry_common::hooks::Hooks as Scripts;
-use vmferry_common::phase::Phase;
+use vmferry_common::phase::{HookPoint, Phase};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::DestinationFacts;
 use vmferry_proto::ids::GuestName;
@@ -21,7 +21,7 @@ pub(crate) struct Hooks {
     scripts: Scripts,
     guest: GuestName,
     known: Value,
-    told: mpsc::UnboundedSender<Phase>,
+    told: mpsc::UnboundedSender<HookPoint>,
 }
 
 /// The task that tells hooks of what is over.
@@ -67,18 +67,19 @@ impl Hooks {
     }
 
     /// Runs the scripts of `phase`; a refusal is `HookVeto`.
-    pub(crate) async fn ask(&self, phase: Phase) -> Result<(), WireError> {
+    pub(crate) async fn ask(&self, phase: impl Into<HookPoint>) -> Result<(), WireError> {
+        let phase = phase.into();
         let mut told = self.known.clone();
-        told["phase"] = json!(phase);
+        told["phase"] = json!(phase.name());
         let ran = self.scripts.run(phase, &self.guest, &told).await;
         ran.map(drop)
             .map_err(|failure| WireError::new(ErrorCode::HookVeto, chain(&failure)))
     }
 
     /// Has the scripts of `phase` run some time soon, after those told of before; a failure is only logged.
-    pub(crate) fn tell(&self, phase: Phase) {
+    pub(crate) fn tell(&self, phase: impl Into<HookPoint>) {
         // The task is there for as long as any handle is.
-        let _ = self.told.send(phase);
+        let _ = self.told.send(phase.into());
     }
 }
 

@@ -17,8 +17,8 @@
 //! Scripts `PHASE` and `PHASE.d/*` in the hooks folder get the guest's name and the phase as arguments and one JSON object
 //! (`side guest migration_id generation peer phase`) on stdin. Before they begin, `negotiate` (first session), `prepare`
 //! (each copy that is made), `copy`, `converged`, `pause` (before the attempt is opened: the guest still runs), `final` and
-//! `load` (the guest is paused) are asked and may refuse with a non-zero exit. `commit`, `start` and `release` are told
-//! afterwards; a failure is logged.
+//! `load` (the guest is paused) are asked and may refuse with a non-zero exit. `commit`, `start`, `release` and
+//! the end (`committed`, `cancelled`, `failed`) are told afterwards; a failure is logged.
 
 mod admission;
 mod apply;

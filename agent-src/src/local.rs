@@ -78,6 +78,7 @@ pub fn forward_signals(commands: mpsc::Sender<Command>) -> std::io::Result<()> {
 #[derive(Debug)]
 pub struct Server {
     serving: JoinHandle<()>,
+    events: Events,
 }
 
 impl Server {
@@ -88,8 +89,16 @@ impl Server {
     pub fn start(path: &Path, commands: mpsc::Sender<Command>) -> Result<Self, LocalError> {
         let server = LocalServer::bind(path)?;
         let desk: Arc<dyn Commands> = Arc::new(Desk { commands });
-        let serving = tokio::spawn(async move { server.serve(desk, Events::new()).await });
-        Ok(Self { serving })
+        let events = Events::new();
+        let heard = events.clone();
+        let serving = tokio::spawn(async move { server.serve(desk, heard).await });
+        Ok(Self { serving, events })
+    }
+
+    /// Where `PHASE` and `END` are told to all who listen at the socket.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        self.events.clone()
     }
 }
 

@@ -12,6 +12,7 @@ use vmferry_common::endpoint::TransportTuning;
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::Identity;
 use vmferry_common::journal::RecordFile;
+use vmferry_common::local::Events;
 use vmferry_common::ownership;
 use vmferry_common::phase::{Ending, Phase};
 use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
@@ -88,7 +89,7 @@ struct Desk {
     found: Option<SourceRecord>,
     state: StateDir,
     _lock: GuestLock,
-    _socket: local::Server,
+    socket: local::Server,
     commands: mpsc::Receiver<Command>,
 }
 
@@ -235,7 +236,7 @@ async fn sit_down(options: &MigrateOptions) -> Result<Desk, NotBegun> {
         found,
         state,
         _lock: lock,
-        _socket: socket,
+        socket,
         commands,
     })
 }
@@ -308,8 +309,11 @@ async fn run(
         connections: options.connections,
     };
     let before = desk.guest.spec().run_state;
+    let hooks = Hooks::new(Some(options.hooks.clone()), HOOK_LIMIT);
+    let events = desk.socket.events();
     let parts = Parts {
-        hooks: Hooks::new(Some(options.hooks.clone()), HOOK_LIMIT),
+        hooks: hooks.clone(),
+        events: events.clone(),
         options: options.clone(),
         guest: desk.guest,
         dialer,
@@ -326,8 +330,18 @@ async fn run(
     })?;
     let ended = migration.run(actions).await;
     let (report, waiters) = summarise(&options, &record, before, ended, began.elapsed());
+    tell_the_end(&hooks, &events, &record.guest, &report).await;
     answer(waiters, &report).await;
     Ok(report)
+}
+
+/// Tells scripts and listeners how it ended; it changes nothing any more.
+async fn tell_the_end(hooks: &Hooks, events: &Events, guest: &GuestName, report: &Report) {
+    let object = serde_json::to_value(report).unwrap_or_default();
+    if let Err(failure) = hooks.run(report.outcome, guest, &object).await {
+        tracing::warn!(error = %chain(&failure), "a hook of the end failed; that changes nothing");
+    }
+    events.send("END", object);
 }
 
 /// Tells those who wait at the control socket, and gives the answers time to leave.

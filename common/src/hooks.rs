@@ -1,4 +1,4 @@
-//! Hook scripts: what an administrator wants to happen, or to forbid, at each phase.
+//! Hook scripts: what an administrator wants to happen, or to forbid, at each phase and end of a migration.
 //!
 //! Owns finding, running and bounding them: `hooks/<phase>` and then `hooks/<phase>.d/*` in alphabetical order,
 //! argv NAME PHASE, JSON on stdin, a time limit for each. The first that fails ends the run; whether that vetoes
@@ -21,7 +21,7 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, Command};
 use vmferry_proto::ids::GuestName;
 
-use crate::phase::Phase;
+use crate::phase::HookPoint;
 
 /// Most bytes of a script's output that are kept; the rest is read and dropped, so that it never blocks on us.
 const MAX_OUTPUT: usize = 16 << 10;
@@ -59,7 +59,7 @@ pub enum HookFailure {
         /// The script.
         script: PathBuf,
         /// The phase.
-        phase: Phase,
+        phase: HookPoint,
         /// Exit code or signal.
         how: String,
         /// Its last line.
@@ -71,7 +71,7 @@ pub enum HookFailure {
         /// The script.
         script: PathBuf,
         /// The phase.
-        phase: Phase,
+        phase: HookPoint,
         /// The limit.
         limit: Duration,
         /// Its last line.
@@ -83,7 +83,7 @@ pub enum HookFailure {
         /// The script.
         script: PathBuf,
         /// The phase.
-        phase: Phase,
+        phase: HookPoint,
         /// Why not.
         #[source]
         source: io::Error,
@@ -94,7 +94,7 @@ pub enum HookFailure {
         /// The folder.
         dir: PathBuf,
         /// The phase.
-        phase: Phase,
+        phase: HookPoint,
         /// Why not.
         #[source]
         source: io::Error,
@@ -113,11 +113,12 @@ impl Hooks {
     /// `json` is one object: what is known of the migration. A dropped call kills the script that runs.
     pub async fn run(
         &self,
-        phase: Phase,
+        phase: impl Into<HookPoint>,
         name: &GuestName,
         json: &serde_json::Value,
     ) -> Result<HookReport, HookFailure> {
         let mut report = HookReport::default();
+        let phase = phase.into();
         let scripts = self.scripts(phase)?;
         if scripts.is_empty() {
             return Ok(report);
@@ -135,10 +136,11 @@ impl Hooks {
     }
 
     /// What would run in `phase`, in order.
-    pub fn scripts(&self, phase: Phase) -> Result<Vec<PathBuf>, HookFailure> {
+    pub fn scripts(&self, phase: impl Into<HookPoint>) -> Result<Vec<PathBuf>, HookFailure> {
         let Some(dir) = &self.dir else {
             return Ok(Vec::new());
         };
+        let phase = phase.into();
         let mut scripts = Vec::new();
         let single = dir.join(phase.name());
         if is_executable(&single) {
@@ -169,7 +171,7 @@ impl Hooks {
     async fn run_one(
         &self,
         script: &Path,
-        phase: Phase,
+        phase: HookPoint,
         name: &GuestName,
         input: &str,
     ) -> Result<(), HookFailure> {
@@ -214,7 +216,7 @@ enum Ended {
 }
 
 /// Starts the script. Both its output streams are one pipe, so that its lines keep their order.
-fn spawn(script: &Path, phase: Phase, name: &GuestName) -> io::Result<(Child, pipe::Receiver)> {
+fn spawn(script: &Path, phase: HookPoint, name: &GuestName) -> io::Result<(Child, pipe::Receiver)> {
     let (reader, writer) = io::pipe()?;
     let mut command = Command::new(script);
     command
@@ -333,7 +335,7 @@ fn last_line(output: &[u8]) -> String {
     line.map_or_else(|| "it said nothing".to_owned(), clean)
 }
 
-fn log_output(script: &Path, phase: Phase, output: &[u8]) {
+fn log_output(script: &Path, phase: HookPoint, output: &[u8]) {
     for line in String::from_utf8_lossy(output).lines() {
         tracing::info!(%phase, script = %script.display(), "hook says: {}", line.trim_end());
     }
@@ -342,6 +344,7 @@ fn log_output(script: &Path, phase: Phase, output: &[u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::phase::Phase;
     use serde_json::json;
 
     fn script(path: &Path, text: &str) {

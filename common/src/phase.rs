@@ -94,6 +94,44 @@ words! {
     InDoubt = "in-doubt",
 }
 
+/// What hook scripts are told of: a phase, or the end of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum HookPoint {
+    /// The phase begins (before the decision) or is over (after it).
+    Phase(Phase),
+    /// The migration has ended this way.
+    Ending(Ending),
+}
+
+impl HookPoint {
+    /// Name of the script.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Phase(phase) => phase.name(),
+            Self::Ending(ending) => ending.name(),
+        }
+    }
+}
+
+impl From<Phase> for HookPoint {
+    fn from(phase: Phase) -> Self {
+        Self::Phase(phase)
+    }
+}
+
+impl From<Ending> for HookPoint {
+    fn from(ending: Ending) -> Self {
+        Self::Ending(ending)
+    }
+}
+
+impl fmt::Display for HookPoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
 impl Phase {
     /// Whether a hook that fails in this phase stops the migration: only before the decision can anything.
     #[must_use]

@@ -267,16 +267,19 @@ impl Migration {
                 self.tracker.ended(Ending::Committed);
                 self.hooks.tell(Phase::Start);
                 self.hooks.tell(Phase::Release);
+                self.hooks.tell(Ending::Committed);
                 self.tracker.enter(Phase::Release);
             }
             DestinationEnd::Ended { reason } => {
                 tracing::info!(%guest, "ended without a commit: {reason}");
                 let cancelled = reason.code == ErrorCode::Cancelled;
-                self.tracker.ended(if cancelled {
+                let ending = if cancelled {
                     Ending::Cancelled
                 } else {
                     Ending::Failed
-                });
+                };
+                self.hooks.tell(ending);
+                self.tracker.ended(ending);
                 self.tracker.failed(reason.to_string());
             }
         }

@@ -28,6 +28,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Interval, MissedTickBehavior};
 use vmferry_common::hooks::Hooks;
 use vmferry_common::journal::RecordFile;
+use vmferry_common::local::Events;
 use vmferry_common::pace::Pacer;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::{GuestLife, GuestPaused, RegionReader, SourceGuest};
@@ -74,6 +75,7 @@ pub struct Migration {
     last_rollback: Option<WireError>,
     phase: Phase,
     hooks: Hooks,
+    listeners: Events,
     progress: Progress,
     stats: Stats,
     began: Instant,
@@ -103,6 +105,8 @@ pub struct Parts {
     pub commands: mpsc::Receiver<Command>,
     /// Scripts at the phases.
     pub hooks: Hooks,
+    /// Listeners at the control socket.
+    pub events: Events,
     /// Where progress is shown.
     pub progress: Progress,
     /// When the program began.
@@ -159,6 +163,7 @@ impl Migration {
             journal,
             commands,
             hooks,
+            events,
             progress,
             began,
             only_recover,
@@ -195,6 +200,7 @@ impl Migration {
             last_rollback: None,
             phase: Phase::Negotiate,
             hooks,
+            listeners: events,
             progress,
             stats,
             began,

@@ -76,6 +76,7 @@ impl Migration {
         self.show();
         let name = self.guest.spec().name.clone();
         let facts = self.hook_facts();
+        self.listeners.send("PHASE", facts.clone());
         let ran = self.hooks.run(phase, &name, &facts).await;
         match ran {
             Ok(report) => {
