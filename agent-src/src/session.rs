@@ -94,7 +94,7 @@ impl Dialer {
             }
             further.push(link);
         }
-        tracing::info!(agent = %welcome.agent, register = %welcome.register, session = %number, connections = self.connections, "connected");
+        tracing::debug!(agent = %welcome.agent, register = %welcome.register, session = %number, connections = self.connections, "connected");
         let (failures, failed) = mpsc::unbounded_channel();
         Ok(Session {
             endpoint: first.endpoint,

@@ -76,7 +76,7 @@ impl Migration {
                 None
             }
             SourceAction::Report(report) => {
-                self.report(report);
+                self.report(&report);
                 None
             }
             SourceAction::Done(end) => {
@@ -270,8 +270,8 @@ impl Migration {
         }
     }
 
-    fn report(&mut self, report: SourceReport) {
-        match &report {
+    fn report(&mut self, report: &SourceReport) {
+        match report {
             SourceReport::RolledBack { reason, .. } => {
                 self.rolled_back += 1;
                 self.last_rollback = Some(reason.clone());
@@ -287,7 +287,7 @@ impl Migration {
             | SourceReport::ReleaseFailed { .. }
             | SourceReport::TooLateToCancel
             | SourceReport::ResolvedByOperator { .. } => {
-                self.progress.note(&crate::words::of_report(&report));
+                self.progress.note(&crate::words::of_report(report));
             }
         }
         tracing::debug!(?report, "handover");

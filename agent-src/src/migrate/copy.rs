@@ -154,10 +154,10 @@ impl Migration {
             dirty_blocks += taken.dirty.count();
             self.ledger
                 .mark_dirty(region, &taken.dirty)
-                .map_err(internal)?;
+                .map_err(|error| internal(&error))?;
             self.ledger
                 .mark_zero(region, &taken.zero)
-                .map_err(internal)?;
+                .map_err(|error| internal(&error))?;
         }
         if matches!(barrier, Barrier::Wait) {
             let held = self.guest.io_barrier().await?;
@@ -256,6 +256,6 @@ impl From<NoSession> for MigrateError {
     }
 }
 
-fn internal(error: vmferry_proto::ledger::LedgerError) -> MigrateError {
+fn internal(error: &vmferry_proto::ledger::LedgerError) -> MigrateError {
     MigrateError::Internal(error.to_string())
 }

@@ -344,10 +344,12 @@ impl Migration {
     /// Removes every trace from the hypervisor, where the guest is still ours.
     async fn leave_guest(&mut self) {
         self.session = None;
-        if self.tracking && !matches!(self.end, Some(SourceEnd::Committed) | None) {
-            if let Err(error) = self.guest.stop_tracking().await {
-                tracing::warn!(%error, "tracking could not be ended cleanly: `vmferry-src recover` tries again");
-            }
+        let ours = !matches!(self.end, Some(SourceEnd::Committed) | None);
+        if self.tracking
+            && ours
+            && let Err(error) = self.guest.stop_tracking().await
+        {
+            tracing::warn!(%error, "tracking could not be ended cleanly: `vmferry-src recover` tries again");
         }
     }
 }
