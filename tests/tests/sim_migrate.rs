@@ -1,5 +1,7 @@
 //! The embedded guest moves between real agents: the whole of the main job, on any Linux with a new enough kernel.
 
+#![allow(clippy::unwrap_used, reason = "a test may unwrap")]
+
 use vmferry_tests::harness::role::Programs;
 use vmferry_tests::harness::sim::{SimGuest, SimSpec};
 use vmferry_tests::harness::{Host, Hosts, hosts::Agent};
