@@ -7,7 +7,9 @@
 use std::time::SystemTime;
 
 use serde::Serialize;
-use vmferry_proto::handover::{DestinationRecord, DestinationState, SourceRecord, SourceState};
+use vmferry_proto::handover::{
+    DestinationRecord, DestinationState, SourceRecord, SourceState, owner_of_host,
+};
 use vmferry_proto::ids::{Generation, GuestName};
 
 use crate::journal::{JournalReadError, RecordFile};
@@ -93,32 +95,38 @@ pub fn highest_generation(
     Ok(source.max(destination).unwrap_or_default())
 }
 
-/// What two records say together.
+/// What two records say together: which of them counts is `owner_of_host`'s to say.
 #[must_use]
 pub fn decide(
     name: &GuestName,
     source: Option<&SourceRecord>,
     destination: Option<&DestinationRecord>,
 ) -> Ownership {
+    let Some(owner) = owner_of_host(source, destination) else {
+        return unknown(name);
+    };
+    let counts = |generation, claim| (generation, claim) == (owner.generation, owner.claim);
+    let source = source.filter(|record| counts(record.generation, record.claim()));
     match (source, destination) {
-        (None, None) => Ownership {
-            guest: name.clone(),
-            may_run: true,
-            why: "no migration of this guest is recorded on this host".to_owned(),
-            next: None,
-            role: None,
-            state: None,
-            migration: None,
-            generation: None,
-            attempt: None,
-            peer: None,
-            since: None,
-        },
-        (Some(source), Some(destination)) if destination.generation > source.generation => {
-            of_destination(destination)
-        }
         (Some(source), _) => of_source(source),
         (None, Some(destination)) => of_destination(destination),
+        (None, None) => unknown(name),
+    }
+}
+
+fn unknown(name: &GuestName) -> Ownership {
+    Ownership {
+        guest: name.clone(),
+        may_run: true,
+        why: "no migration of this guest is recorded on this host".to_owned(),
+        next: None,
+        role: None,
+        state: None,
+        migration: None,
+        generation: None,
+        attempt: None,
+        peer: None,
+        since: None,
     }
 }
 
@@ -235,4 +243,125 @@ fn utc(seconds: u64) -> String {
         .ok()
         .and_then(|seconds| jiff::Timestamp::from_second(seconds).ok())
         .map_or_else(|| format!("{seconds} s after 1970"), |at| at.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vmferry_proto::error::{ErrorCode, WireError};
+    use vmferry_proto::handover::{Peer, ProcessRecord};
+    use vmferry_proto::ids::{Attempt, MigrationId, RegisterId, SessionNumber};
+    use vmferry_proto::message::AttemptKey;
+    use vmferry_proto::spec::RunState;
+
+    fn name() -> GuestName {
+        "web".parse().unwrap()
+    }
+
+    fn key() -> AttemptKey {
+        AttemptKey {
+            migration: MigrationId::from_bytes([1; 16]),
+            attempt: Attempt(1),
+            register: RegisterId::from_bytes([2; 16]),
+        }
+    }
+
+    fn reason() -> WireError {
+        WireError::new(ErrorCode::Cancelled, "somebody cancelled")
+    }
+
+    fn source(generation: u64, state: SourceState) -> SourceRecord {
+        SourceRecord {
+            guest: name(),
+            migration: MigrationId::from_bytes([1; 16]),
+            generation: Generation(generation),
+            session: SessionNumber(1),
+            peer: Peer {
+                address: "beta:7447".to_owned(),
+                identity: "beta".to_owned(),
+            },
+            process: ProcessRecord {
+                pid: 1,
+                start_ticks: 1,
+                boot_id: String::new(),
+            },
+            shared_disks: false,
+            run_state_before: RunState::Running,
+            state,
+        }
+    }
+
+    fn destination(generation: u64, state: DestinationState) -> DestinationRecord {
+        DestinationRecord {
+            guest: name(),
+            migration: MigrationId::from_bytes([3; 16]),
+            generation: Generation(generation),
+            session: SessionNumber(1),
+            sender: "beta".to_owned(),
+            register: RegisterId::from_bytes([2; 16]),
+            process: None,
+            state,
+        }
+    }
+
+    fn owned() -> DestinationState {
+        DestinationState::Owned {
+            attempt: Attempt(1),
+            to: RunState::Running,
+            started: true,
+        }
+    }
+
+    #[test]
+    fn each_state_of_the_source_has_its_answer() {
+        let attempt = Attempt(1);
+        let cases = [
+            (SourceState::Copying { last: Attempt(0) }, true),
+            (SourceState::Pausing { attempt }, false),
+            (SourceState::Committing { key: key() }, false),
+            (
+                SourceState::RolledBack {
+                    attempt,
+                    reason: reason(),
+                },
+                true,
+            ),
+            (SourceState::Released { key: key() }, false),
+            (SourceState::Fenced { key: key() }, true),
+            (
+                SourceState::Ended {
+                    last: attempt,
+                    reason: reason(),
+                },
+                true,
+            ),
+        ];
+        for (state, may_run) in cases {
+            let said = decide(&name(), Some(&source(1, state.clone())), None);
+            assert_eq!(said.may_run, may_run, "{state:?}");
+            assert_eq!(said.role, Some("source"));
+        }
+    }
+
+    #[test]
+    fn after_there_and_back_again_the_highest_generation_counts() {
+        let released = source(1, SourceState::Released { key: key() });
+        let back = destination(2, owned());
+        assert!(decide(&name(), Some(&released), Some(&back)).may_run);
+        let gone_again = source(3, SourceState::Released { key: key() });
+        let said = decide(&name(), Some(&gone_again), Some(&back));
+        assert!(!said.may_run);
+        assert_eq!(said.generation, Some(3));
+        let not_yet_back = destination(2, DestinationState::Receiving);
+        assert!(!decide(&name(), Some(&released), Some(&not_yet_back)).may_run);
+    }
+
+    #[test]
+    fn a_doubt_names_the_way_out() {
+        let doubt = source(1, SourceState::Committing { key: key() });
+        let words = decide(&name(), Some(&doubt), None).sentence();
+        assert!(words.contains("must NOT run here"), "{words}");
+        assert!(words.contains("vmferry-src recover web"), "{words}");
+        assert!(words.contains("--destination-is-fenced"), "{words}");
+    }
 }
