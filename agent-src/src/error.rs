@@ -29,10 +29,10 @@ pub enum MigrateError {
     #[error("cancelled by {0}")]
     Cancelled(&'static str),
     /// The destination refused or gave up.
-    #[error("the destination says: {0}")]
+    #[error("the destination says: {}", .0.detail)]
     Peer(WireError),
     /// The destination broke the protocol.
-    #[error("the destination broke the protocol: {0}")]
+    #[error("the destination broke the protocol: {}", .0.detail)]
     Protocol(WireError),
     /// The guest's driver failed.
     #[error("the guest's hypervisor failed")]
@@ -65,7 +65,7 @@ pub enum MigrateError {
     #[error("the guest could not be read")]
     Read(#[source] LaneError),
     /// An attempt was rolled back, and another one would not fare better.
-    #[error("{0}")]
+    #[error("{}", .0.detail)]
     RolledBack(WireError),
     /// The copies differ.
     #[error("the copy differs from the guest: {0}")]

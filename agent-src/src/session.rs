@@ -5,15 +5,18 @@
 //! client learns late that its certificate was refused.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::select_all;
 use quinn::{Connection, Endpoint};
 use tokio::sync::mpsc;
-use vmferry_common::control::{self, ControlReceiver, ControlSender};
+use tokio::time::{Instant, sleep_until};
+use vmferry_common::control::{self, ControlError, ControlReceiver, ControlSender};
 use vmferry_common::endpoint::{self, HostPort, TransportTuning};
 use vmferry_common::identity::Identity;
 use vmferry_common::lanes::{LaneSender, send_device_state};
+use vmferry_common::link::LinkError as QuicLinkError;
 use vmferry_common::pace::Pacer;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::{StreamHeader, StreamKind};
@@ -27,7 +30,7 @@ use vmferry_proto::spec::GuestSpec;
 use vmferry_proto::version::{Features, SUPPORTED};
 
 use crate::error::{LinkError, MigrateError};
-use crate::lanes::{LaneCounters, LaneFailed, Lanes};
+use crate::lanes::{LaneCounters, LaneError, LaneFailed, Lanes};
 
 /// What every session of a migration has in common.
 #[derive(Debug, Clone)]
@@ -75,7 +78,12 @@ pub struct Session {
     lanes: Option<Lanes>,
     failed: mpsc::UnboundedReceiver<LaneFailed>,
     failures: mpsc::UnboundedSender<LaneFailed>,
+    /// The first lane that failed, and until when its cause may still be told on the control stream.
+    broken: Option<(LaneError, Instant)>,
 }
+
+/// A destination that gives up resets its lanes and says why on the control stream: the reason may come this much later.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Dialer {
     /// Makes a session, up to `Welcome`.
@@ -112,6 +120,7 @@ impl Dialer {
             lanes: None,
             failed,
             failures,
+            broken: None,
         })
     }
 
@@ -205,7 +214,7 @@ impl Session {
 
     /// Round-trip time as the transport sees it.
     #[must_use]
-    pub fn rtt(&self) -> std::time::Duration {
+    pub fn rtt(&self) -> Duration {
         self.connection.rtt()
     }
 
@@ -283,27 +292,34 @@ impl Session {
     /// # Errors
     /// The link, a lane, or a peer that broke the protocol.
     pub async fn next(session: Option<&mut Self>) -> Result<ToSource, LinkError> {
-        let Some(Self {
+        let Some(session) = session else {
+            return std::future::pending().await;
+        };
+        let Self {
             receiver,
             failed,
             further,
+            broken,
             ..
-        }) = session
-        else {
-            return std::future::pending().await;
-        };
-        tokio::select! {
-            message = receiver.recv() => match message {
-                Ok(Some(message)) => Ok(message),
-                Ok(None) => Err(LinkError::Closed),
-                Err(error) => match error.to_wire() {
-                    Some(error) => Err(LinkError::Protocol(error)),
-                    None => Err(LinkError::Control(error)),
-                },
-            },
-            () = any_closed(further) => Err(LinkError::Closed),
-            // The sending half is in the session, so there is always another one to wait for.
-            Some(failure) = failed.recv() => Err(LinkError::Lane(failure.error)),
+        } = session;
+        loop {
+            let until = broken.as_ref().map(|(_, until)| *until);
+            tokio::select! {
+                message = receiver.recv() => return said(message),
+                () = any_closed(further) => return Err(LinkError::Closed),
+                () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
+                // The sending half is in the session, so there is always another one to wait for.
+                Some(LaneFailed { error, .. }) = failed.recv() => {
+                    if error.is_guest() {
+                        return Err(LinkError::Lane(error));
+                    }
+                    broken.get_or_insert((error, Instant::now() + LAST_WORDS));
+                    continue;
+                }
+            }
+            if let Some((error, _)) = broken.take() {
+                return Err(LinkError::Lane(error));
+            }
         }
     }
 
@@ -333,13 +349,31 @@ impl Session {
         self.sender.finish();
         // The peer ends its side once it has read everything; a peer that does not is not waited for.
         let drained = async { while let Ok(Some(_late)) = self.receiver.recv().await {} };
-        let _ = tokio::time::timeout(std::time::Duration::from_millis(500), drained).await;
+        let _ = tokio::time::timeout(Duration::from_millis(500), drained).await;
         for link in &self.further {
             link.connection.close(0u32.into(), b"done");
         }
         self.connection.close(0u32.into(), b"done");
         let idle = self.endpoint.wait_idle();
-        let _ = tokio::time::timeout(std::time::Duration::from_millis(500), idle).await;
+        let _ = tokio::time::timeout(Duration::from_millis(500), idle).await;
+    }
+}
+
+/// What the control stream came to: a message, the reason for which the peer closed the connection, or a lost link.
+fn said(message: Result<Option<ToSource>, ControlError>) -> Result<ToSource, LinkError> {
+    let error = match message {
+        Ok(Some(message)) => return Ok(message),
+        Ok(None) => return Err(LinkError::Closed),
+        Err(error) => error,
+    };
+    if let ControlError::Link(QuicLinkError::ClosedByPeer { code, reason, .. }) = &error
+        && let Some(code) = u32::try_from(*code).ok().and_then(ErrorCode::from_number)
+    {
+        return Ok(ToSource::Error(WireError::new(code, reason.clone())));
+    }
+    match error.to_wire() {
+        Some(error) => Err(LinkError::Protocol(error)),
+        None => Err(LinkError::Control(error)),
     }
 }
 

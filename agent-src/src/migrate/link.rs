@@ -54,7 +54,7 @@ impl Migration {
             .on_ready(self.handover.session(), self.options.lanes, &ready)
             .map_err(|error| MigrateError::Protocol(WireError::from(error)))?;
         if ready.resume.is_some() {
-            tracing::info!(?resumed, "the copy goes on");
+            tracing::debug!(?resumed, "the copy goes on");
         }
         let session = self.session.as_mut().ok_or(NoSession)?;
         session

@@ -268,8 +268,12 @@ fn verified(report: &Report) -> String {
         )
     };
     match (verified.mode, verified.windows) {
-        (Verify::Off, _) => "complete, contents not compared (--verify off)".to_owned(),
-        (Verify::Sample | Verify::Full, 0) => "nothing: it did not come to that".to_owned(),
+        (Verify::Off, _) if report.outcome == Ending::Committed => {
+            "complete, contents not compared (--verify off)".to_owned()
+        }
+        (Verify::Off, _) | (Verify::Sample | Verify::Full, 0) => {
+            "nothing: it did not come to that".to_owned()
+        }
         (Verify::Sample, _) => format!("a sample: {}", compared()),
         (Verify::Full, _) => format!("everything: {}", compared()),
     }

@@ -1,0 +1,92 @@
+//! The destination's file system is full: the source says so, its guest runs on, and once there is room the guest moves.
+
+#![allow(clippy::unwrap_used, reason = "a test may unwrap")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vmferry_tests::harness::Hosts;
+use vmferry_tests::harness::role::Programs;
+use vmferry_tests::harness::sim::{SimGuest, SimSpec};
+
+/// A small file system of its own, unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path, size: &str) -> Self {
+        let options = format!("size={size}");
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
+            .arg(at)
+            .status();
+        assert!(
+            mount.unwrap().success(),
+            "tmpfs cannot be mounted at {}",
+            at.display()
+        );
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        assert!(
+            std::env::var("CI").as_deref() != Ok("true"),
+            "this test needs root, and in CI none may be skipped"
+        );
+        println!("skipped: mounting a small file system needs root");
+    }
+    root
+}
+
+#[test]
+fn a_full_disk_at_the_destination_is_named_and_harms_nothing() {
+    if !is_root() {
+        return;
+    }
+    let programs = Programs::played_by(env!("CARGO_BIN_EXE_vmferry-demo").as_ref());
+    let hosts = Hosts::new(programs).unwrap();
+    let (alpha, beta) = (hosts.host("alpha").unwrap(), hosts.host("beta").unwrap());
+    let agent = beta.serve(&[]).unwrap();
+    let spec = SimSpec {
+        disk: 32 << 20,
+        content: "random",
+        ..SimSpec::small("web")
+    };
+    let guest = SimGuest::start(spec, &alpha).unwrap();
+    guest.expect_at(&beta, &["alpha"]).unwrap();
+
+    let full = SmallDisk::mount(&beta.path("images"), "2m");
+    let done = alpha.migrate("web", agent.port, &[]).unwrap();
+    assert_eq!(done.code(), 1, "{}", done.stderr);
+    assert_eq!(
+        done.json().unwrap()["error"]["code"],
+        "no-space",
+        "{}",
+        done.stderr
+    );
+    assert!(done.stderr.contains("no space left"), "{}", done.stderr);
+    guest.wait_for_beats(50).unwrap();
+    guest.verify_on(&alpha).unwrap();
+    assert!(!guest.is_on(&beta));
+    drop(full);
+
+    let done = alpha.migrate("web", agent.port, &[]).unwrap();
+    assert_eq!(
+        done.code(),
+        0,
+        "{}\n{}",
+        done.stderr,
+        agent.process.stderr()
+    );
+    guest.wait_for_beats(50).unwrap();
+    guest.verify_on(&beta).unwrap();
+    guest.beats().unwrap().check().unwrap();
+}
