@@ -329,7 +329,12 @@ impl Migration {
 
     /// Ends the migration at this side for a reason that no new session mends.
     async fn give_up(&mut self, error: &MigrateError) {
-        tracing::warn!(error = %error.chain(), "the migration ends here");
+        tracing::debug!(error = %error.chain(), "the migration ends here");
+        if self.session.is_none() && self.handover.is_connected() {
+            // Nobody is there to confirm the end, so it is not waited for.
+            let reason = error.to_wire();
+            self.feed(SourceEvent::ConnectionLost { reason }).await;
+        }
         self.feed(SourceEvent::Cancel {
             reason: error.to_wire(),
         })
