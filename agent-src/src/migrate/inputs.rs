@@ -280,9 +280,9 @@ impl Migration {
             }
             ToSource::Cancelled => Some(SourceEvent::Cancelled),
             ToSource::Error(error) => Some(self.drop_session(&MigrateError::Peer(error))),
-            // Digests and Complete belong to the flight, which reads them itself.
-            ToSource::Digests(_) | ToSource::Complete { .. } => None,
-            ToSource::Welcome(_) | ToSource::Ready(_) => {
+            // Digests and Complete belong to the flight, which reads them itself; Ready may cross a cancel on the way.
+            ToSource::Digests(_) | ToSource::Complete { .. } | ToSource::Ready(_) => None,
+            ToSource::Welcome(_) => {
                 let error = unexpected("a message of another phase during the handover");
                 Some(self.drop_session(&MigrateError::Protocol(error)))
             }

@@ -396,3 +396,14 @@ fn an_owned_guest_cannot_be_given_up_and_an_ended_migration_is_aborted() {
     let asked = feed(&mut machine, [E::Commit(KEY)]);
     assert!(matches!(verdict(&asked), Some(Verdict::Aborted(_))));
 }
+
+#[test]
+fn a_cancel_while_the_copy_is_made_is_answered_by_cancelled_and_by_no_refusal() {
+    let mut machine = at(vec![session(1), E::Recorded, E::Offered]);
+    feed(&mut machine, [E::Cancel { reason: why() }, E::Recorded]);
+    let made = feed(&mut machine, [E::CopyMade { process: process() }]);
+    assert!(made.contains(&A::Discard), "{made:?}");
+    assert!(!made.iter().any(|a| matches!(a, A::Refuse(_))), "{made:?}");
+    let gone = feed(&mut machine, [E::Discarded]);
+    assert!(gone.contains(&A::Send(ToSource::Cancelled)), "{gone:?}");
+}

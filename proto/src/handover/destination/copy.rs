@@ -121,6 +121,10 @@ impl DestinationHandover {
     }
 
     pub(super) fn on_end(&mut self, reason: WireError, asked: bool, actions: &mut Actions) {
+        if asked && self.link == Link::Offered {
+            // It takes its offer back: the answer is `Cancelled`, not a refusal of what it no longer offers.
+            self.link = Link::Welcomed;
+        }
         match &mut self.state {
             State::Receiving
             | State::Opening { .. }
