@@ -172,6 +172,10 @@ impl Drop for Running {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            // A failed test's folder goes with it.
+            eprintln!("--- {} said:\n{}", self.name, self.stderr());
+        }
     }
 }
 

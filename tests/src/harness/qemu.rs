@@ -4,20 +4,23 @@
 //! every move has in common. The lab knows nothing of agents and the agents nothing of the lab: they meet in the guest files.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value as Json;
 use toml::{Table, Value};
 
 use super::hosts::{Agent, Host, Hosts};
-use super::process::Finished;
+use super::process::{Finished, Running};
 use super::role::Programs;
 use crate::lab::{Guest, Images, Place, Qemu, Start};
 
 /// How long a QEMU may take to end when it should.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// How long a migration may take to reach a phase.
+const PHASE_LIMIT: Duration = Duration::from_secs(120);
 /// How long the guest may take to beat at a new place.
 const BEAT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -148,15 +151,11 @@ impl Pair {
         let pid = beats.wait_for_other(&self.known_pids(left), BEAT_LIMIT)?;
         beats.wait_for_from(pid, 200, BEAT_LIMIT)?;
         ensure!(!is_alive(left), "the source QEMU {left} was not ended");
-        let qemu = to.place.adopt()?;
-        ensure!(
-            qemu.pid() == pid,
-            "{pid} beats, and {} is there",
-            qemu.pid()
-        );
+        let here = self.incoming_at(to);
+        ensure!(here == [pid], "{pid} beats, and {here:?} are there");
         self.guest.verify_now()?;
-        println!("{}", done.stderr);
-        Ok(Moved { qemu, report })
+        println!("{}", summary(&done.stderr));
+        Ok(Moved { pid, report })
     }
 
     /// Processes that have beaten so far, but for those that came after `left`.
@@ -190,35 +189,116 @@ impl Pair {
         self.guest.check_no_corrupt()
     }
 
-    /// Checks that no QEMU of the guest is at `side`, and no run-time file of its agent.
+    /// Processes that were started at `side` to receive the guest, and live.
+    fn incoming_at(&self, side: &Side) -> Vec<u32> {
+        let folder = side.place.folder().display().to_string();
+        let mine = |words: &str| words.contains(&folder) && words.contains("-incoming");
+        let all = processes().into_iter();
+        all.filter(|(_, words)| mine(words))
+            .map(|(pid, _)| pid)
+            .collect()
+    }
+
+    /// Waits until no QEMU of the guest is at `side`, and no run-time file of its agent.
     ///
     /// # Errors
     /// What is left there.
     pub fn nothing_at(&self, side: &Side) -> Result<()> {
-        let folder = side.place.folder().display().to_string();
-        let mut left: Vec<String> = processes()
-            .into_iter()
-            .filter(|(_, words)| words.contains(&folder) && words.contains("-incoming"))
-            .map(|(pid, _)| format!("QEMU {pid}"))
-            .collect();
-        left.extend(leavings(&side.host.path("state")));
-        ensure!(
-            left.is_empty(),
-            "left at {}: {}",
-            side.host.name(),
-            left.join(", ")
-        );
-        Ok(())
+        let began = Instant::now();
+        loop {
+            let here = self.incoming_at(side).into_iter();
+            let mut left: Vec<String> = here.map(|pid| format!("QEMU {pid}")).collect();
+            left.extend(leavings(&side.host.path("state")));
+            if left.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                began.elapsed() < END_LIMIT,
+                "left at {}: {}",
+                side.host.name(),
+                left.join(", ")
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 }
 
 /// A guest that has arrived.
 #[derive(Debug)]
 pub struct Moved {
-    /// Where it runs now; ended when this is dropped.
-    pub qemu: Qemu,
+    /// Process that runs it now.
+    pub pid: u32,
     /// The `--json` object.
     pub report: Json,
+}
+
+/// A hook script that keeps a phase from going on.
+#[derive(Debug)]
+pub struct Hold {
+    script: PathBuf,
+    reached: PathBuf,
+    released: PathBuf,
+}
+
+impl Side {
+    /// From now on the agent of this host stops at `phase`, until the hold is released.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn hold_at(&self, phase: &str) -> Result<Hold> {
+        let file = |end: &str| self.host.path(&format!("hold-{phase}.{end}"));
+        let hold = Hold {
+            script: self.host.path("hooks").join(phase),
+            reached: file("reached"),
+            released: file("released"),
+        };
+        for old in [&hold.reached, &hold.released] {
+            if old.exists() {
+                fs::remove_file(old)?;
+            }
+        }
+        let script = format!(
+            "#!/bin/sh\n: >'{}'\nuntil [ -e '{}' ]; do sleep 0.02; done\n",
+            hold.reached.display(),
+            hold.released.display()
+        );
+        fs::write(&hold.script, script)?;
+        fs::set_permissions(&hold.script, fs::Permissions::from_mode(0o755))?;
+        Ok(hold)
+    }
+}
+
+impl Hold {
+    /// Waits until the phase is held.
+    ///
+    /// # Errors
+    /// It is not reached while `migration` runs.
+    pub fn wait_reached(&self, migration: &mut Running) -> Result<()> {
+        migration.wait_for("the held phase", PHASE_LIMIT, |_, _| {
+            self.reached.exists().then_some(())
+        })
+    }
+
+    /// Lets the phase go on, and removes the hook.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn release(self) -> Result<()> {
+        fs::remove_file(&self.script)?;
+        fs::write(&self.released, "")?;
+        Ok(())
+    }
+}
+
+/// Waits until `migration` says that it is in `phase`.
+///
+/// # Errors
+/// It ends first.
+pub fn wait_phase(migration: &mut Running, phase: &str) -> Result<()> {
+    let said = format!(" {phase}, round ");
+    migration.wait_for(phase, PHASE_LIMIT, |_, err| {
+        err.contains(&said).then_some(())
+    })
 }
 
 /// The `--json` object of a migration that must have been committed.
@@ -250,6 +330,7 @@ pub fn ended(done: &Finished, code: i32, outcome: &str) -> Result<Json> {
         done.code(),
         done.stderr
     );
+    println!("{}", done.stderr);
     let report = done.json()?;
     ensure!(report["outcome"] == outcome, "{report}");
     Ok(report)
@@ -260,7 +341,7 @@ pub fn ended(done: &Finished, code: i32, outcome: &str) -> Result<Json> {
 /// # Errors
 /// It stays.
 pub fn wait_gone(pid: u32) -> Result<()> {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     while is_alive(pid) {
         ensure!(began.elapsed() < END_LIMIT, "process {pid} does not end");
         std::thread::sleep(Duration::from_millis(5));
@@ -291,21 +372,39 @@ fn processes() -> Vec<(u32, String)> {
     .collect()
 }
 
-/// Files of a state folder that belong to a migration under way.
+/// Files of a state folder that only a migration under way has: not journals, locks, logs, and the agent's own socket.
 fn leavings(state: &Path) -> Vec<String> {
+    const KEPT: [&str; 7] = [
+        "register",
+        "lock",
+        "source",
+        "destination",
+        "command",
+        "log",
+        "dst.sock",
+    ];
     let mut found = Vec::new();
     let mut folders: Vec<PathBuf> = vec![state.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
+            let name = path.display().to_string();
             if path.is_dir() {
                 folders.push(path);
-            } else {
-                found.push(path.display().to_string());
+            } else if !KEPT.iter().any(|kept| name.ends_with(kept)) {
+                found.push(name);
             }
         }
     }
     found
+}
+
+/// The part of a source agent's output that a person reads at the end.
+fn summary(stderr: &str) -> &str {
+    stderr.rfind(" has moved to ").map_or(stderr, |at| {
+        let line = stderr[..at].rfind('\n').map_or(0, |end| end + 1);
+        &stderr[line..]
+    })
 }
 
 /// Bytes that a file takes on its disk.
@@ -313,7 +412,6 @@ fn leavings(state: &Path) -> Vec<String> {
 /// # Errors
 /// It is not there.
 pub fn allocated(path: &Path) -> Result<u64> {
-    use std::os::unix::fs::MetadataExt;
     let meta = fs::metadata(path).with_context(|| path.display().to_string())?;
     Ok(meta.blocks() * 512)
 }

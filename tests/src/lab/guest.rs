@@ -15,6 +15,7 @@ use super::Lab;
 use super::beats::BeatRecorder;
 use super::control::Control;
 use super::place::{Images, Place, complaints};
+use super::turn::Turn;
 
 /// Time for a boot with filling: an emulated processor on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -167,11 +168,12 @@ impl GuestBuilder {
         self
     }
 
-    /// Makes the guest: folders and listening ports. Nothing runs yet.
+    /// Makes the guest, when it is its turn: folders and listening ports. Nothing runs yet.
     pub fn build(mut self) -> Result<Guest> {
         if self.judge.disks.is_empty() {
             self.judge.disks = (0..self.disks.len()).map(node_name).collect();
         }
+        let turn = Turn::wait()?;
         let folder = TempDir::with_prefix("vmferry-lab-")?;
         let shm = match self.memory {
             MemoryKind::SharedFile => Some(shared_folder(self.memory_mib)?),
@@ -186,6 +188,7 @@ impl GuestBuilder {
                 control,
                 shm,
                 folder,
+                _turn: turn,
             }),
         })
     }
@@ -217,6 +220,8 @@ pub(crate) struct Inner {
     control: Control,
     shm: Option<TempDir>,
     folder: TempDir,
+    // Last, so that it is given back when the rest is gone.
+    _turn: Turn,
 }
 
 impl Inner {

@@ -27,6 +27,7 @@ mod plant;
 mod port;
 mod qemu;
 mod qmp;
+mod turn;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
