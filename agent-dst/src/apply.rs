@@ -142,7 +142,7 @@ impl Applier {
             sink, board, meter, ..
         } = context;
         let data = decoder
-            .decode(header, payload)
+            .decode(header, &payload)
             .map_err(|source| ApplyError::Payload {
                 seq: header.seq,
                 source,
@@ -151,7 +151,7 @@ impl Applier {
         let Some(target) = sink.target(header.region) else {
             return Ok(());
         };
-        write(&target, header, &data)
+        write(&target, header, data)
             .await
             .map_err(|source| ApplyError::Write {
                 region: target.name.to_owned(),

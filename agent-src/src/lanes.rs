@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use vmferry_common::buffers::FrameBuffers;
 use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
@@ -180,18 +181,18 @@ impl Lanes {
         failed: &mpsc::UnboundedSender<LaneFailed>,
     ) -> Self {
         let moved = Arc::new(Notify::new());
+        let buffers: Arc<FrameBuffers> = Arc::default();
         let start = |sender: LaneSender| {
             let (queue, jobs) = mpsc::channel(QUEUE);
             let pending = Arc::new(AtomicUsize::new(0));
             let worker = Worker {
                 lane: sender.lane(),
                 sender,
-                encoder: Encoder::new(),
+                encoder: Encoder::with_buffers(buffers.clone()),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
                 pending: pending.clone(),
                 moved: moved.clone(),
-                raw: Vec::new(),
             };
             let task = tokio::spawn(worker.run(jobs, failed.clone()));
             LaneHandle {
@@ -258,7 +259,6 @@ struct Worker {
     counters: Arc<LaneCounters>,
     pending: Arc<AtomicUsize>,
     moved: Arc<Notify>,
-    raw: Vec<u8>,
 }
 
 impl Worker {
@@ -285,11 +285,11 @@ impl Worker {
         let LaneJob { frame, len, reader } = job;
         let wanted = frame.blocks.minus(&frame.known_zero);
         let bytes = len.bytes_of(frame.window, &wanted) as usize;
-        self.raw.resize(bytes, 0);
+        let room = self.encoder.room(bytes);
         if bytes > 0 {
             let runs = len.runs(frame.window, &wanted);
             reader
-                .read(&runs, &mut self.raw)
+                .read(&runs, room)
                 .await
                 .map_err(|source| LaneError::Read {
                     what: format!("window {} of region {}", frame.window.0, frame.region),
@@ -304,10 +304,10 @@ impl Worker {
             region: *len,
             read: wanted,
             known_zero: frame.known_zero,
-            bytes: &self.raw,
+            bytes: &[],
         };
         let level = self.counters.compress().0.next_level();
-        let encoded = self.encoder.encode(&blocks, level)?;
+        let encoded = self.encoder.encode_filled(&blocks, level)?;
         if let Some(time) = encoded.compress_time {
             let mut compress = self.counters.compress();
             compress

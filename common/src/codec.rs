@@ -5,9 +5,10 @@
 //! copied before it came here and is copied at most once more, and a peer cannot make the decoder produce
 //! more bytes than the checked header announced.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::{Encoding, FrameHeader, LAYOUT_VERSION};
 use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowRef};
@@ -16,6 +17,7 @@ use vmferry_proto::limits::{MAX_FRAME_BLOCKS, MAX_FRAME_PAYLOAD};
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::CParameter;
 
+use crate::buffers::FrameBuffers;
 use crate::digest;
 
 /// What all blocks are compared with.
@@ -131,7 +133,9 @@ pub struct Blocks<'a> {
 pub struct Encoder {
     zstd: Option<(i32, Compressor<'static>)>,
     /// The non-zero blocks of the frame at hand.
-    raw: Vec<u8>,
+    raw: BytesMut,
+    /// Where `raw` comes from, and goes when it is lent to the transport.
+    buffers: Arc<FrameBuffers>,
     /// What zstd made of them.
     packed: Vec<u8>,
 }
@@ -152,12 +156,19 @@ impl Default for Encoder {
 }
 
 impl Encoder {
-    /// An encoder; zstd is set up with the first frame that wants it.
+    /// An encoder with buffers of its own; zstd is set up with the first frame that wants it.
     #[must_use]
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
+        Self::with_buffers(Arc::default())
+    }
+
+    /// An encoder whose payloads come from `buffers`, and go back there when they were sent.
+    #[must_use]
+    pub fn with_buffers(buffers: Arc<FrameBuffers>) -> Self {
         Self {
             zstd: None,
-            raw: Vec::new(),
+            raw: BytesMut::new(),
+            buffers,
             packed: Vec::new(),
         }
     }
@@ -168,19 +179,28 @@ impl Encoder {
         blocks: &Blocks<'_>,
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
-        let zero = self.gather(blocks)?;
-        self.finish(blocks, zero, level)
+        self.room(blocks.bytes.len()).copy_from_slice(blocks.bytes);
+        self.encode_filled(blocks, level)
     }
 
-    /// As [`encode`](Self::encode), without a copy where no block is zero: `bytes` itself becomes the payload.
-    /// `blocks.bytes` is not looked at.
-    pub fn encode_owned(
+    /// Room for the bytes of the blocks that [`encode_filled`](Self::encode_filled) is then called for. What is in it
+    /// until the caller fills it has no meaning.
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
+        if self.raw.capacity() < len {
+            self.raw = self.buffers.take();
+        }
+        // Clears only what is longer than the frame before.
+        self.raw.resize(len, 0);
+        &mut self.raw
+    }
+
+    /// As [`encode`](Self::encode), of what was filled into [`room`](Self::room): where no block is zero, nothing is
+    /// copied any more. `blocks.bytes` is not looked at.
+    pub fn encode_filled(
         &mut self,
         blocks: &Blocks<'_>,
-        bytes: Vec<u8>,
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
-        self.raw = bytes;
         let zero = self.compact(blocks)?;
         self.finish(blocks, zero, level)
     }
@@ -193,7 +213,7 @@ impl Encoder {
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
-        // At most MAX_FRAME_PAYLOAD, as `gather` takes no more blocks.
+        // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
         let started = Instant::now();
         let level = level.filter(|_| !self.raw.is_empty());
@@ -204,8 +224,7 @@ impl Encoder {
         let compress_time = level.map(|_| started.elapsed());
         let (encoding, payload) = match packed {
             Some(packed) => (Encoding::Zstd, packed),
-            // The buffer itself goes: no second copy.
-            None => (Encoding::Raw, Bytes::from(std::mem::take(&mut self.raw))),
+            None => (Encoding::Raw, self.payload()),
         };
         Ok(Encoded {
             window: blocks.window,
@@ -219,28 +238,15 @@ impl Encoder {
         })
     }
 
-    /// Copies the non-zero blocks, one behind the other, into `raw`, and says which are zero.
-    fn gather(&mut self, blocks: &Blocks<'_>) -> Result<WindowBits, CodecError> {
-        check_blocks(blocks, blocks.bytes.len())?;
-        let mut zero = blocks.known_zero.minus(&blocks.read);
-        self.raw.clear();
-        let mut rest = blocks.bytes;
-        for block in blocks.read.iter() {
-            let len = blocks.region.block_len(blocks.window.window, block) as usize;
-            // Never too short: the sum of all lengths was compared.
-            let (bytes, behind) = rest.split_at(len.min(rest.len()));
-            rest = behind;
-            if is_zero(bytes) {
-                zero.insert(block);
-            } else {
-                // With the first block that counts: frames of nothing but zeros need no buffer.
-                if self.raw.is_empty() {
-                    self.raw.reserve_exact(len + rest.len());
-                }
-                self.raw.extend_from_slice(bytes);
-            }
+    /// What is in `raw`: the buffer itself where it is well used, since what waits in queues is counted by payload.
+    fn payload(&mut self) -> Bytes {
+        if self.raw.is_empty() {
+            Bytes::new()
+        } else if self.raw.len() >= self.raw.capacity() / 2 {
+            self.buffers.lend(std::mem::take(&mut self.raw))
+        } else {
+            Bytes::copy_from_slice(&self.raw)
         }
-        Ok(zero)
     }
 
     /// Moves the non-zero blocks of `raw` together, and says which are zero.
@@ -317,9 +323,10 @@ fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
     Ok(compressor)
 }
 
-/// Decodes payloads; one per worker, since it keeps zstd's context.
+/// Decodes payloads; one per worker, since it keeps zstd's context and what that made of the last payload.
 pub struct Decoder {
     zstd: Option<Decompressor<'static>>,
+    raw: Vec<u8>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -338,14 +345,21 @@ impl Decoder {
     /// A decoder; zstd is set up with the first frame that needs it.
     #[must_use]
     pub const fn new() -> Self {
-        Self { zstd: None }
+        Self {
+            zstd: None,
+            raw: Vec::new(),
+        }
     }
 
     /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked.
     ///
     /// The header has passed [`FrameHeader::check`], so `raw_len` fits the blocks and the cap; exactly that much
     /// is allocated and produced, whatever the payload says.
-    pub fn decode(&mut self, header: &FrameHeader, payload: Bytes) -> Result<Bytes, CodecError> {
+    pub fn decode<'a>(
+        &'a mut self,
+        header: &FrameHeader,
+        payload: &'a [u8],
+    ) -> Result<&'a [u8], CodecError> {
         let expected = header.raw_len;
         let wrong = |source| CodecError::Payload { expected, source };
         if expected > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
@@ -359,17 +373,17 @@ impl Decoder {
                     None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
                 };
                 let decompressor = self.zstd.insert(decompressor);
-                let mut raw = Vec::with_capacity(expected as usize);
+                self.raw.resize(expected as usize, 0);
                 // A payload that holds more fails for want of room: there is no bomb.
-                let result = decompressor.decompress_to_buffer(&payload, &mut raw);
-                result.map_err(|error| wrong(Some(error)))?;
-                raw.into()
+                let made = decompressor.decompress_to_buffer(payload, &mut self.raw[..]);
+                let made = made.map_err(|error| wrong(Some(error)))?;
+                self.raw.get(..made).unwrap_or_default()
             }
         };
         if raw.len() != expected as usize {
             return Err(wrong(None));
         }
-        if digest::plain(&raw) != header.digest {
+        if digest::plain(raw) != header.digest {
             return Err(CodecError::Digest);
         }
         Ok(raw)
@@ -441,16 +455,20 @@ mod tests {
             }
             let blocks = Blocks { window: WINDOW, region: REGION, read, known_zero, bytes: &bytes };
             let encoded = Encoder::new().encode(&blocks, level).unwrap();
-            let owned = Encoder::new().encode_owned(&Blocks { bytes: &[], ..blocks }, bytes.clone(), level).unwrap();
-            prop_assert_eq!(owned.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
-            prop_assert_eq!(&owned.payload, &encoded.payload);
+            let mut encoder = Encoder::new();
+            encoder.room(MAX_FRAME_PAYLOAD as usize).fill(0xdd);
+            encoder.room(bytes.len()).copy_from_slice(&bytes);
+            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level).unwrap();
+            prop_assert_eq!(filled.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
+            prop_assert_eq!(&filled.payload, &encoded.payload);
             let header = encoded.header(FrameSeq(1));
             header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
-            let decoded = Decoder::new().decode(&header, encoded.payload.clone()).unwrap();
+            let mut decoder = Decoder::new();
+            let decoded = decoder.decode(&header, &encoded.payload).unwrap();
 
             // The naive oracle: lay the frame out over a window of rubbish and compare block by block.
             let mut image = vec![0xee; 2_097_152];
-            let mut rest: &[u8] = &decoded;
+            let mut rest: &[u8] = decoded;
             for at in header.data_blocks().iter() {
                 let (this, behind) = rest.split_at(REGION.block_len(WINDOW.window, at) as usize);
                 rest = behind;
@@ -489,7 +507,7 @@ mod tests {
                 payload_len: u32::try_from(payload.len()).unwrap(),
                 ..sample().header(FrameSeq(1))
             };
-            prop_assert!(Decoder::new().decode(&header, payload.into()).is_err());
+            prop_assert!(Decoder::new().decode(&header, &payload).is_err());
         }
     }
 
@@ -512,7 +530,7 @@ mod tests {
             payload_len: u32::try_from(bomb.len()).unwrap(),
             ..sample().header(FrameSeq(1))
         };
-        let error = Decoder::new().decode(&header, bomb.into()).unwrap_err();
+        let error = Decoder::new().decode(&header, &bomb).unwrap_err();
         assert!(
             matches!(error, CodecError::Payload { expected: 8192, .. }),
             "{error:?}"
@@ -525,12 +543,12 @@ mod tests {
         let encoded = sample();
         let header = encoded.header(FrameSeq(1));
         let mut decoder = Decoder::new();
-        let right = decoder.decode(&header, encoded.payload.clone()).unwrap();
+        let right = decoder.decode(&header, &encoded.payload).unwrap().to_vec();
         let mut refused = 0;
         for bit in 0..encoded.payload.len() * 8 {
             let mut payload = encoded.payload.to_vec();
             payload[bit / 8] ^= 1 << (bit % 8);
-            match decoder.decode(&header, payload.into()) {
+            match decoder.decode(&header, &payload) {
                 // zstd has a few bits without a meaning.
                 Ok(same) => assert_eq!(same, right, "bit {bit}"),
                 Err(_) => refused += 1,
@@ -538,7 +556,7 @@ mod tests {
         }
         assert!(refused > encoded.payload.len() * 7, "{refused}");
         // And the context is sound afterwards.
-        assert_eq!(decoder.decode(&header, encoded.payload).unwrap(), right);
+        assert_eq!(decoder.decode(&header, &encoded.payload).unwrap(), right);
     }
 
     #[test]
@@ -549,7 +567,7 @@ mod tests {
             ..sample().header(FrameSeq(1))
         };
         assert!(matches!(
-            Decoder::new().decode(&header, short.into()),
+            Decoder::new().decode(&header, &short),
             Err(CodecError::Payload { source: None, .. })
         ));
     }
@@ -577,7 +595,7 @@ mod tests {
         );
         assert_eq!(zero.zero, read);
         Decoder::new()
-            .decode(&zero.header(FrameSeq(1)), zero.payload.clone())
+            .decode(&zero.header(FrameSeq(1)), &zero.payload)
             .unwrap();
     }
 
@@ -595,8 +613,8 @@ mod tests {
         let mut encoder = Encoder::new();
         encoder.encode(&blocks(&bytes), None).unwrap();
         assert!(encoder.encode(&blocks(&bytes[1..]), None).is_err());
-        let short = bytes[1..].to_vec();
-        assert!(encoder.encode_owned(&blocks(&[]), short, None).is_err());
+        encoder.room(bytes.len() - 1).copy_from_slice(&bytes[1..]);
+        assert!(encoder.encode_filled(&blocks(&[]), None).is_err());
         let all = Blocks {
             read: WindowBits::EMPTY,
             known_zero: WindowBits::FULL,

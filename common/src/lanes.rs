@@ -284,6 +284,7 @@ impl IncomingStream {
                 lanes,
                 geometry,
                 last: FrameSeq::default(),
+                buffer: BytesMut::new(),
             }),
             StreamKind::DeviceState { .. } => None,
         }
@@ -339,6 +340,8 @@ pub struct LaneReceiver {
     lanes: u8,
     geometry: std::sync::Arc<[RegionLen]>,
     last: FrameSeq,
+    /// Holds the payload at hand, and the next one once the caller has dropped that.
+    buffer: BytesMut,
 }
 
 impl LaneReceiver {
@@ -390,10 +393,13 @@ impl LaneReceiver {
     /// Read straight into memory that was not cleared first: at full rate that would be a tenth of the work.
     async fn payload(&mut self, len: u32) -> Result<Bytes, LaneError> {
         let len = len as usize;
-        let mut payload = BytesMut::with_capacity(len);
-        while payload.len() < len {
-            let left = len - payload.len();
-            match self.stream.read_buf(&mut (&mut payload).limit(left)).await {
+        self.buffer.clear();
+        // The same memory again where the payload before was dropped: fresh memory costs as much as the copy.
+        self.buffer.reserve(len);
+        while self.buffer.len() < len {
+            let left = len - self.buffer.len();
+            let mut room = (&mut self.buffer).limit(left);
+            match self.stream.read_buf(&mut room).await {
                 Ok(1..) => {}
                 Ok(0) => {
                     return Err(LaneError::Truncated {
@@ -404,7 +410,7 @@ impl LaneReceiver {
                 Err(error) => return Err(read_io_error(&error, &self.peer).into()),
             }
         }
-        Ok(payload.freeze())
+        Ok(self.buffer.split().freeze())
     }
 }
 

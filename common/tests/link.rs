@@ -502,7 +502,7 @@ async fn frames_arrive_in_order_with_their_bytes() {
     while let Some((header, payload)) = lane.next().await.unwrap() {
         seq += 1;
         assert_eq!(header.seq, FrameSeq(seq));
-        let raw = decoder.decode(&header, payload).unwrap();
+        let raw = decoder.decode(&header, &payload).unwrap();
         if low(seq) == 0 {
             assert!(raw.is_empty());
         } else {

@@ -336,6 +336,7 @@ impl Migration {
             Outcome::Asked {
                 asked: Err(error), ..
             } => self.give_up(error).await,
+            Outcome::FlushedAhead(then) => self.go_on(then).await,
             Outcome::CopyMade(_) => {}
             Outcome::Loaded(Ok(timing)) => {
                 self.feed(DestinationEvent::StateLoaded { timing }).await;
@@ -355,20 +356,43 @@ impl Migration {
     pub(super) async fn go_on(&mut self, then: Then) {
         match then {
             Then::OpenSession(session) => {
-                let open = self
-                    .session
-                    .as_ref()
-                    .is_some_and(|open| open.number() == session);
-                if open {
+                if self.is_open(session) {
                     self.feed(DestinationEvent::SessionOpened { session }).await;
                 }
             }
             Then::SayReady => self.say_ready(),
-            Then::OpenAttempt(attempt) => {
-                self.feed_peer(DestinationEvent::OpenAttempt { attempt })
-                    .await;
+            Then::AskPause(session, attempt) => {
+                let then = Then::OpenAttempt(session, attempt);
+                Box::pin(self.ask_hook(Phase::Pause, then)).await;
+            }
+            // An attempt of a session that was lost meanwhile is over before it began.
+            Then::OpenAttempt(session, attempt) => {
+                if self.is_open(session) {
+                    self.feed_peer(DestinationEvent::OpenAttempt { attempt })
+                        .await;
+                }
             }
             Then::Nothing => {}
+        }
+    }
+
+    fn is_open(&self, session: SessionNumber) -> bool {
+        let open = self.session.as_ref();
+        open.is_some_and(|open| open.number() == session)
+    }
+
+    /// Makes durable what the disks got so far, then asks the hooks and opens the attempt: what is flushed while the guest
+    /// runs need not be flushed while it stands still.
+    pub(super) async fn prepare_attempt(&mut self, attempt: Attempt) {
+        let Some(session) = self.session.as_ref().map(crate::session::Session::number) else {
+            return;
+        };
+        let then = Then::AskPause(session, attempt);
+        let copy = self.copy.as_ref();
+        let written = copy.and_then(|copy| Some((copy.sink.clone(), copy.board.clone()?)));
+        match written.filter(|(_, board)| board.unflushed() > 0) {
+            Some((sink, board)) => self.jobs.push_back(Job::FlushAhead { sink, board, then }),
+            None => self.go_on(then).await,
         }
     }
 

@@ -181,9 +181,7 @@ impl Migration {
 
     async fn on_handover(&mut self, event: DestinationEvent) {
         if let DestinationEvent::OpenAttempt { attempt } = &event {
-            return self
-                .ask_hook(Phase::Pause, Then::OpenAttempt(*attempt))
-                .await;
+            return self.prepare_attempt(*attempt).await;
         }
         if let DestinationEvent::Commit(_) = &event {
             self.commit_began = Some(std::time::Instant::now());

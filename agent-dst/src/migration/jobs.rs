@@ -18,9 +18,12 @@ use vmferry_proto::ids::{Attempt, SessionNumber};
 use vmferry_proto::message::PrepareTiming;
 use vmferry_proto::spec::{GuestSpec, RunState};
 
-use crate::error::guest_to_wire;
+use crate::board::Board;
+use crate::error::{chain, guest_to_wire};
+use crate::flusher;
 use crate::hooks::Hooks;
 use crate::receipt::Received;
+use crate::sink::Sink;
 
 /// A piece of work.
 #[derive(Debug)]
@@ -29,6 +32,12 @@ pub(super) enum Job {
     Hook { phase: Phase, then: Then },
     /// Make the copy, or replace one that is used up.
     MakeCopy { renew: bool },
+    /// Flush what was written so far, ahead of the pause.
+    FlushAhead {
+        sink: Arc<Sink>,
+        board: Arc<Board>,
+        then: Then,
+    },
     /// Flush and load the device state.
     Load { received: Received, began: Instant },
     /// Start the guest.
@@ -42,7 +51,8 @@ pub(super) enum Job {
 pub(super) enum Then {
     OpenSession(SessionNumber),
     SayReady,
-    OpenAttempt(Attempt),
+    AskPause(SessionNumber, Attempt),
+    OpenAttempt(SessionNumber, Attempt),
     Nothing,
 }
 
@@ -62,6 +72,8 @@ pub(super) enum Outcome {
         then: Then,
         asked: Result<(), WireError>,
     },
+    /// Or not: the flush before the load tells, and the session's own flusher.
+    FlushedAhead(Then),
     CopyMade(Result<(), WireError>),
     Loaded(Result<PrepareTiming, WireError>),
     Started(Result<u64, NotStarted>),
@@ -95,6 +107,12 @@ pub(super) async fn run(job: Job, tools: Tools, mut guest: Guest) -> JobDone {
             then,
             asked: tools.hooks.ask(phase).await,
         },
+        Job::FlushAhead { sink, board, then } => {
+            if let Err(error) = flusher::flush_once(&sink, &board).await {
+                tracing::warn!(guest = %tools.config.name, "the flush ahead of the pause failed: {}", chain(&error));
+            }
+            Outcome::FlushedAhead(then)
+        }
         Job::MakeCopy { renew } => Outcome::CopyMade(make_copy(&tools, &mut guest, renew).await),
         Job::Load { received, began } => {
             Outcome::Loaded(load(guest.as_deref_mut(), &received, began).await)

@@ -1,0 +1,78 @@
+//! Buffers of frames that come back when the transport has no use for them any more.
+//!
+//! Owns a bounded list of them, shared by the lanes of a session. A payload is lent to the transport until it is
+//! acknowledged; from then on its memory can carry another frame. Without that every frame would be fresh memory, whose
+//! page faults and clearing cost as much as copying it. Invariant: a buffer is handed out only when nobody else holds it.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
+
+/// Buffers kept: 32 MiB, as much as a connection may have under way.
+const MOST: usize = 64;
+
+/// Buffers that were lent, each as large as the largest payload.
+#[derive(Debug, Default)]
+pub struct FrameBuffers {
+    lent: Mutex<VecDeque<Bytes>>,
+}
+
+impl FrameBuffers {
+    /// An empty buffer for the largest payload: one that has come back, else a new one.
+    pub(crate) fn take(&self) -> BytesMut {
+        let free = {
+            let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+            // What was lent first is acknowledged first, but for the differences between lanes.
+            let free = lent.iter().position(Bytes::is_unique);
+            free.and_then(|at| lent.remove(at))
+        };
+        free.and_then(|buffer| buffer.try_into_mut().ok())
+            .unwrap_or_else(|| BytesMut::with_capacity(MAX_FRAME_PAYLOAD as usize))
+    }
+
+    /// Lends `buffer`: what is returned may be held as long as need be.
+    pub(crate) fn lend(&self, buffer: BytesMut) -> Bytes {
+        let payload = buffer.freeze();
+        let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        if lent.len() == MOST {
+            lent.pop_front();
+        }
+        lent.push_back(payload.clone());
+        payload
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_comes_back_only_when_nobody_holds_it() {
+        let buffers = FrameBuffers::default();
+        let mut first = buffers.take();
+        first.extend_from_slice(&[7; 300_000]);
+        let at = first.as_ptr();
+        let payload = buffers.lend(first);
+        let second = buffers.take();
+        assert_ne!(second.as_ptr(), at, "the payload is still held");
+        assert_eq!(payload.as_ref(), &[7; 300_000]);
+        drop(payload);
+        let third = buffers.take();
+        assert_eq!(third.as_ptr(), at);
+        assert!(third.capacity() >= MAX_FRAME_PAYLOAD as usize);
+    }
+
+    #[test]
+    fn only_so_many_are_kept() {
+        let buffers = FrameBuffers::default();
+        let held: Vec<Bytes> = (0..MOST + 9)
+            .map(|_| buffers.lend(BytesMut::zeroed(8)))
+            .collect();
+        assert_eq!(buffers.lent.lock().unwrap().len(), MOST);
+        drop(held);
+        // One of the small ones comes back: the caller makes it larger.
+        assert_eq!(buffers.take().len(), 8);
+    }
+}
