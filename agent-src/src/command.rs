@@ -14,6 +14,7 @@ use vmferry_common::ownership;
 use vmferry_common::phase::Ending;
 use vmferry_common::state::StateDir;
 use vmferry_common::telemetry::LogArgs;
+use vmferry_common::units::Span;
 
 use crate::cli::{Cli, Command, EXIT_USAGE, GuestArgs, MigrateOptions, RecoverArgs, ResolveArgs};
 use crate::explain;
@@ -43,9 +44,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
     match cli.command {
         Command::Migrate(args) => {
-            let json = args.json;
+            let say = Say::new(&cli.log, args.json);
             match args.into_options() {
-                Ok(options) => migrate(options, &cli.log, json),
+                Ok(options) => migrate(options, &cli.log, say),
                 Err(error) => usage(&chain(&error)),
             }
         }
@@ -73,9 +74,27 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-fn migrate(options: MigrateOptions, log: &LogArgs, json: bool) -> ExitCode {
+fn migrate(options: MigrateOptions, log: &LogArgs, say: Say) -> ExitCode {
     let progress = Progress::new(options.guest.name.as_str(), log);
-    finish(on_runtime(run::migrate(options, progress)), json)
+    finish(on_runtime(run::migrate(options, progress)), say)
+}
+
+/// How the end is told.
+#[derive(Debug, Clone, Copy)]
+struct Say {
+    /// As an object on stdout.
+    json: bool,
+    /// On stderr only what went wrong.
+    quiet: bool,
+}
+
+impl Say {
+    const fn new(log: &LogArgs, json: bool) -> Self {
+        Self {
+            json,
+            quiet: log.quiet > 0,
+        }
+    }
 }
 
 fn on_runtime<T>(work: impl Future<Output = Result<T, NotBegun>>) -> Result<T, NotBegun> {
@@ -86,11 +105,16 @@ fn on_runtime<T>(work: impl Future<Output = Result<T, NotBegun>>) -> Result<T, N
 }
 
 /// Prints a report, or why there is none, and says how to exit.
-fn finish(result: Result<Report, NotBegun>, json: bool) -> ExitCode {
+fn finish(result: Result<Report, NotBegun>, say: Say) -> ExitCode {
+    let json = say.json;
     match result {
         Ok(report) => {
             // Nobody reads stderr: then nobody misses it.
-            let _ = summary::print(&report);
+            let _ = if say.quiet {
+                summary::print_trouble(&report)
+            } else {
+                summary::print(&report)
+            };
             print_report(&report, json)
         }
         Err(NotBegun { usage: true, error }) => usage(&error.detail),
@@ -144,19 +168,18 @@ fn status(args: &GuestArgs) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// One `name: value` a line, in the order of the object.
+/// What a person reads of a status: the line that its progress shows, and whose it is.
 fn print_status(status: &Value) {
-    let Value::Object(fields) = status else {
-        println!("{status}");
-        return;
-    };
-    for (name, value) in fields {
-        match value {
-            Value::Null => {}
-            Value::String(text) => println!("{name}: {text}"),
-            other => println!("{name}: {other}"),
-        }
-    }
+    let text = |name: &str| status.get(name).and_then(Value::as_str).unwrap_or("?");
+    let number = |name: &str| status.get(name).and_then(Value::as_u64).unwrap_or(0);
+    println!(
+        "{}\nto {} for {}, session {}, migration {}",
+        text("text"),
+        text("to"),
+        Span(Duration::from_millis(number("elapsed_ms"))),
+        number("sessions"),
+        text("migration_id"),
+    );
 }
 
 fn status_of_journal(args: &GuestArgs) -> ExitCode {
@@ -223,7 +246,7 @@ fn ask_and_wait(command: &str, args: &GuestArgs) -> ExitCode {
                 .to_owned()
         };
         println!(
-            "{}: {} {}",
+            "{}: {}. {}",
             args.name,
             text("outcome"),
             text("what_is_true_now")
@@ -238,11 +261,11 @@ fn ask_and_wait(command: &str, args: &GuestArgs) -> ExitCode {
 
 fn recover(args: RecoverArgs, log: &LogArgs) -> ExitCode {
     let progress = Progress::new(args.guest.name.as_str(), log);
-    let json = args.guest.json;
+    let say = Say::new(log, args.guest.json);
     let RecoverArgs { guest, identity } = args;
     let work =
         async move { run::recover(&guest.state, &guest.name, identity, None, progress).await };
-    finish(on_runtime(work), json)
+    finish(on_runtime(work), say)
 }
 
 /// An agent that is in doubt is told; where none runs, this process settles it by itself.
@@ -269,7 +292,7 @@ fn resolve(args: &ResolveArgs, log: &LogArgs) -> ExitCode {
     let (state, name): (PathBuf, _) = (guest.state.clone(), guest.name.clone());
     let resolve = Some(run::DestinationIsFenced);
     let work = async move { run::recover(&state, &name, None, resolve, progress).await };
-    finish(on_runtime(work), guest.json)
+    finish(on_runtime(work), Say::new(log, guest.json))
 }
 
 fn explain_code(code: &str) -> ExitCode {

@@ -15,6 +15,7 @@ use vmferry_hypervisor::{GuestError, GuestLife, PauseError};
 use vmferry_proto::error::{ErrorCode, WireError};
 
 use crate::lanes::LaneError;
+use crate::policy::GiveUp;
 
 /// Why the migration cannot go on as it is.
 #[derive(Debug, thiserror::Error)]
@@ -49,9 +50,9 @@ pub enum MigrateError {
     /// The journal cannot be written.
     #[error("the journal cannot be written")]
     Journal(#[source] JournalError),
-    /// The guest dirties faster than the link carries.
-    #[error("the migration does not converge: {0}")]
-    NotConverging(String),
+    /// The policy sees no sense in going on.
+    #[error("{0}")]
+    GivenUp(GiveUp),
     /// The whole migration took too long.
     #[error("not done within --timeout {}", Span(*.0))]
     TimedOut(Duration),
@@ -97,7 +98,7 @@ pub enum LinkError {
     #[error("the destination accepted the connection but did not say Welcome")]
     NoWelcome,
     /// The destination broke the protocol.
-    #[error("{0}")]
+    #[error("{}", .0.detail)]
     Protocol(WireError),
 }
 
@@ -152,7 +153,7 @@ impl MigrateError {
             Self::Read(_) => ErrorCode::Hypervisor,
             Self::Hook(_) => ErrorCode::HookVeto,
             Self::Journal(_) => ErrorCode::Journal,
-            Self::NotConverging(_) => ErrorCode::NotConverging,
+            Self::GivenUp(reason) => reason.code(),
             Self::TimedOut(_) | Self::PauseTimedOut(_) => ErrorCode::TimedOut,
             Self::NotIdentical(_) => ErrorCode::NotIdentical,
             Self::Internal(_) => ErrorCode::Internal,

@@ -68,6 +68,14 @@ impl Snapshot {
         }
     }
 
+    /// The snapshot as a line for a person.
+    #[must_use]
+    pub fn to_line(&self, guest: &str) -> String {
+        let figures = figures(self);
+        let colon = if figures.is_empty() { "" } else { ": " };
+        format!("{}{colon}{figures}", heading(guest, self))
+    }
+
     /// The snapshot as an object, for logs in JSON and for the answer to `status`.
     #[must_use]
     pub fn to_json(&self, guest: &str) -> serde_json::Value {
@@ -282,12 +290,10 @@ impl Lines {
         let line = if self.json {
             snapshot.to_json(guest).to_string()
         } else {
-            let figures = figures(snapshot);
-            let colon = if figures.is_empty() { "" } else { ": " };
             format!(
-                "[{:>10}] {}{colon}{figures}",
+                "[{:>10}] {}",
                 Span(snapshot.elapsed),
-                heading(guest, snapshot)
+                snapshot.to_line(guest)
             )
         };
         self.write(&line);

@@ -431,7 +431,7 @@ fn ending(ended: &Ended, before: RunState) -> End {
             };
             let outcome = match reason.code {
                 ErrorCode::Cancelled => Ending::Cancelled,
-                _ if ended.rolled_back.is_some() => Ending::RolledBack,
+                _ if ended.rolled_back.is_some() && ended.stats.attempts > 0 => Ending::RolledBack,
                 _ => Ending::Failed,
             };
             with_error(outcome, now, reason, ended.phase)

@@ -82,7 +82,14 @@ impl Migration {
                     self.halt_lanes().await;
                 }
                 self.tracker.enter(Phase::Prepare);
-                self.jobs.push_back(Job::MakeCopy { renew });
+                self.jobs.push_back(if self.hooks.has(Phase::Prepare) {
+                    Job::Hook {
+                        phase: Phase::Prepare,
+                        then: Then::MakeCopy { renew },
+                    }
+                } else {
+                    Job::MakeCopy { renew }
+                });
             }
             DestinationAction::Ready => {
                 let asked = std::mem::replace(&mut self.phase_hooks.copy, true);
@@ -316,7 +323,17 @@ impl Migration {
             spec: self.spec.clone(),
             leftover: self.leftover.clone(),
         };
-        let guest = self.copy.as_mut().and_then(|copy| copy.guest.take());
+        let (asking, guest) = match &job {
+            Job::Hook { then, .. } => (Some(*then), None),
+            Job::FlushAhead { .. }
+            | Job::MakeCopy { .. }
+            | Job::Load { .. }
+            | Job::Start { .. }
+            | Job::Discard => {
+                (None, self.copy.as_mut().and_then(|copy| copy.guest.take()))
+            }
+        };
+        self.asking = asking;
         self.job = Some(Box::pin(jobs::run(job, tools, guest)));
     }
 
@@ -325,19 +342,16 @@ impl Migration {
         if let Outcome::CopyMade(made) = outcome {
             return self.on_copy_made(guest, made).await;
         }
+        if let Outcome::Asked { then, asked } = outcome {
+            self.asking = None;
+            return self.on_asked(then, asked).await;
+        }
         if let Some(copy) = &mut self.copy {
             copy.guest = guest;
         }
         match outcome {
-            Outcome::Asked {
-                then,
-                asked: Ok(()),
-            } => self.go_on(then).await,
-            Outcome::Asked {
-                asked: Err(error), ..
-            } => self.give_up(error).await,
             Outcome::FlushedAhead(then) => self.go_on(then).await,
-            Outcome::CopyMade(_) => {}
+            Outcome::Asked { .. } | Outcome::CopyMade(_) => {}
             Outcome::Loaded(Ok(timing)) => {
                 self.feed(DestinationEvent::StateLoaded { timing }).await;
             }
@@ -352,6 +366,46 @@ impl Migration {
         }
     }
 
+    async fn on_asked(&mut self, then: Then, asked: Result<(), WireError>) {
+        match (asked, then) {
+            (Ok(()), then) => self.go_on(then).await,
+            (Err(reason), Then::MakeCopy { .. }) => {
+                self.feed(DestinationEvent::MakeCopyFailed { reason }).await;
+            }
+            (
+                Err(error),
+                Then::OpenSession(_)
+                | Then::SayReady
+                | Then::AskPause(..)
+                | Then::OpenAttempt(..)
+                | Then::Nothing,
+            ) => self.give_up(error).await,
+        }
+    }
+
+    /// The migration ends: a script that is still being asked need not answer any more, and is killed.
+    pub(super) async fn stop_asking(&mut self, reason: &WireError) {
+        self.ending = true;
+        let asked = self.asking.take().inspect(|_| self.job = None);
+        let mut gone: Vec<Then> = asked.into_iter().collect();
+        self.jobs.retain(|job| match job {
+            Job::Hook { then, .. } => {
+                gone.push(*then);
+                false
+            }
+            Job::FlushAhead { .. } => false,
+            Job::MakeCopy { .. } | Job::Load { .. } | Job::Start { .. } | Job::Discard => true,
+        });
+        if gone
+            .iter()
+            .any(|then| matches!(then, Then::MakeCopy { .. }))
+        {
+            // The machine waits for its copy.
+            let reason = reason.clone();
+            self.feed(DestinationEvent::MakeCopyFailed { reason }).await;
+        }
+    }
+
     /// Goes on after a hook that did not refuse.
     pub(super) async fn go_on(&mut self, then: Then) {
         match then {
@@ -360,14 +414,15 @@ impl Migration {
                     self.feed(DestinationEvent::SessionOpened { session }).await;
                 }
             }
+            Then::MakeCopy { renew } => self.jobs.push_back(Job::MakeCopy { renew }),
             Then::SayReady => self.say_ready(),
             Then::AskPause(session, attempt) => {
                 let then = Then::OpenAttempt(session, attempt);
                 Box::pin(self.ask_hook(Phase::Pause, then)).await;
             }
-            // An attempt of a session that was lost meanwhile is over before it began.
+            // An attempt of a session that was lost or cancelled meanwhile is over before it began.
             Then::OpenAttempt(session, attempt) => {
-                if self.is_open(session) {
+                if self.is_open(session) && !self.ending {
                     self.feed_peer(DestinationEvent::OpenAttempt { attempt })
                         .await;
                 }

@@ -296,6 +296,7 @@ impl Migration {
                 reason: error.clone(),
             })
             .await;
+            Box::pin(self.stop_asking(&error)).await;
         }
         self.end_session(Some(&error)).await;
     }
@@ -328,10 +329,11 @@ impl Migration {
         self.retry_at = Some(tokio::time::Instant::now() + RETRY_AFTER);
     }
 
-    /// Asks the hooks of `phase`, if there are any, and goes on with `then`.
+    /// Asks the hooks of `phase`, if there are any, and goes on with `then`; behind those of earlier phases, which may still refuse.
     pub(super) async fn ask_hook(&mut self, phase: Phase, then: Then) {
         self.tracker.enter(phase);
-        if self.hooks.has(phase) {
+        let queued = |job: &Job| matches!(job, Job::Hook { .. });
+        if self.hooks.has(phase) || self.asking.is_some() || self.jobs.iter().any(queued) {
             self.jobs.push_back(Job::Hook { phase, then });
         } else {
             self.go_on(then).await;

@@ -2,7 +2,7 @@
 //!
 //! Owns the work itself, one piece after the other, since each may need the guest; the guest travels into the work and
 //! back. Does not own what follows: the result is fed to the machine. A piece is never dropped half way but for the end of the
-//! agent itself.
+//! agent itself; only hooks are, which never have the guest in hand.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -50,6 +50,7 @@ pub(super) enum Job {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Then {
     OpenSession(SessionNumber),
+    MakeCopy { renew: bool },
     SayReady,
     AskPause(SessionNumber, Attempt),
     OpenAttempt(SessionNumber, Attempt),
@@ -126,7 +127,6 @@ pub(super) async fn run(job: Job, tools: Tools, mut guest: Guest) -> JobDone {
 }
 
 async fn make_copy(tools: &Tools, guest: &mut Guest, renew: bool) -> Result<(), WireError> {
-    tools.hooks.ask(Phase::Prepare).await?;
     let failed = |error: GuestError| guest_to_wire(&error, "the guest's copy cannot be prepared");
     if let Some(used) = guest.as_mut() {
         return if renew {

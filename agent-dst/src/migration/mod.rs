@@ -33,7 +33,7 @@ use crate::receipt::{ReceiptError, ReceiptHandle, Received};
 use crate::session::{Opening, Session, SessionEvent};
 use crate::sink::Sink;
 use crate::status::Tracker;
-use jobs::{Job, JobDone};
+use jobs::{Job, JobDone, Then};
 
 /// After this time something that failed here (a record, a start, a discard) is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -104,6 +104,10 @@ struct Migration {
     /// Done one after the other: each may need the guest.
     jobs: VecDeque<Job>,
     job: Option<Doing<JobDone>>,
+    /// What follows the hook that is being asked, if that is what the job does.
+    asking: Option<Then>,
+    /// The migration was cancelled or given up: no attempt is opened any more.
+    ending: bool,
     commit_began: Option<std::time::Instant>,
     keep_until: Option<Instant>,
     retry_at: Option<Instant>,
@@ -185,6 +189,8 @@ impl Migration {
             received: None,
             jobs: VecDeque::new(),
             job: None,
+            asking: None,
+            ending: false,
             commit_began: None,
             keep_until,
             retry_at: None,

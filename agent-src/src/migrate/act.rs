@@ -15,11 +15,12 @@ use vmferry_proto::message::ToDestination;
 use vmferry_proto::spec::RunState;
 
 use super::Migration;
+use super::copy::NoSession;
 use super::inputs::Input;
 use crate::error::MigrateError;
 
-/// How long the destination may take to make an attempt known.
-const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// How long the destination may take to make an attempt known, its hooks of phase `pause` included. The guest runs meanwhile.
+const OPEN_LIMIT: Duration = Duration::from_secs(120);
 /// In doubt for so long with Commit repeated: then Query, which settles an undecided attempt as aborted.
 const DOUBT_LIMIT: Duration = Duration::from_secs(60);
 /// Between two tries of what failed here.
@@ -184,14 +185,17 @@ impl Migration {
         }
     }
 
-    /// Says something on the session, if there is one; a failure is the loss of it.
+    /// Says something on the session; a failure is the loss of it.
     async fn say(&mut self, message: &ToDestination) -> Option<SourceEvent> {
-        let session = self.session.as_mut()?;
+        let Some(session) = self.session.as_mut() else {
+            let reason = MigrateError::from(NoSession).to_wire();
+            return Some(SourceEvent::ConnectionLost { reason });
+        };
         match session.send(message).await {
             Ok(()) => {
-                if matches!(message, ToDestination::Commit(_)) && self.phase != Phase::Commit {
-                    // After the decision a hook cannot say no; the destination starts the guest meanwhile.
-                    drop(self.enter(Phase::Commit).await);
+                // In doubt it is said again and again.
+                if matches!(message, ToDestination::Commit(_)) && self.phase < Phase::Commit {
+                    self.tell(Phase::Commit);
                 }
                 None
             }
@@ -251,10 +255,14 @@ impl Migration {
     }
 
     async fn release_guest(&mut self) -> SourceEvent {
-        // After the decision a hook cannot say no.
-        drop(self.enter(Phase::Release).await);
+        if self.phase < Phase::Start {
+            self.tell(Phase::Start);
+        }
         match self.guest.release().await {
-            Ok(()) => SourceEvent::Released,
+            Ok(()) => {
+                self.tell(Phase::Release);
+                SourceEvent::Released
+            }
             Err(error) => SourceEvent::ReleaseFailed {
                 reason: MigrateError::Guest(error).to_wire(),
             },

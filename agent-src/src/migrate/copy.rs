@@ -27,6 +27,9 @@ impl Migration {
     /// # Errors
     /// Whatever interrupts the copy (a lost link) or ends it.
     pub(super) async fn copy_until_time(&mut self) -> Result<(), MigrateError> {
+        if self.phase < Phase::Copy {
+            self.enter(Phase::Copy).await?;
+        }
         if self.stats.rounds.is_empty() {
             self.scan(Barrier::Wait).await?;
         }
@@ -60,7 +63,7 @@ impl Migration {
                     return self.converged().await;
                 }
                 Decision::GiveUp(reason) => {
-                    return Err(MigrateError::NotConverging(reason.to_string()));
+                    return Err(MigrateError::GivenUp(reason));
                 }
             }
         }
@@ -92,7 +95,7 @@ impl Migration {
             return Ok(());
         }
         self.enter(Phase::Converged).await?;
-        self.tell(&ToDestination::Converged).await
+        self.say_to_peer(&ToDestination::Converged).await
     }
 
     /// Waits for the trigger, at most for `time`.

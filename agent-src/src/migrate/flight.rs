@@ -55,7 +55,7 @@ impl Migration {
     }
 
     async fn try_flight(&mut self, attempt: Attempt, run_state: RunState) -> Result<(), Grounded> {
-        self.enter(Phase::Final).await?;
+        self.enter_with(Phase::Final, Self::on_flight_input).await?;
         let began = Instant::now();
         self.scan(Barrier::Drained).await?;
         self.stats
@@ -63,7 +63,8 @@ impl Migration {
         self.send_all(Self::on_flight_input).await?;
         self.send_final(attempt, run_state).await?;
         self.stats.on_last_set(began.elapsed());
-        self.send_device_state(attempt).await
+        self.send_device_state(attempt).await?;
+        self.enter_with(Phase::Load, Self::on_flight_input).await
     }
 
     /// Names the end of the data; with digests, returns when both sides agree.
@@ -101,7 +102,7 @@ impl Migration {
             verify,
             run_state,
         });
-        Ok(self.tell(&message).await?)
+        Ok(self.say_to_peer(&message).await?)
     }
 
     async fn send_device_state(&mut self, attempt: Attempt) -> Result<(), Grounded> {
@@ -124,7 +125,7 @@ impl Migration {
             digest: digest::plain(&state),
         };
         let began = Instant::now();
-        self.tell(&message).await?;
+        self.say_to_peer(&message).await?;
         let session = self.session.as_mut().ok_or(NoSession)?;
         session
             .send_device_state(attempt, state)
@@ -138,7 +139,10 @@ impl Migration {
     ///
     /// # Errors
     /// [`MigrateError::SessionLost`].
-    pub(super) async fn tell(&mut self, message: &ToDestination) -> Result<(), MigrateError> {
+    pub(super) async fn say_to_peer(
+        &mut self,
+        message: &ToDestination,
+    ) -> Result<(), MigrateError> {
         let session = self.session.as_mut().ok_or(NoSession)?;
         session
             .send(message)

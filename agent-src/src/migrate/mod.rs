@@ -18,6 +18,7 @@ mod inputs;
 mod link;
 mod show;
 mod stats;
+mod teller;
 mod verify;
 
 use std::collections::VecDeque;
@@ -45,6 +46,7 @@ use crate::session::{Dialer, Session};
 
 use inputs::Timers;
 pub use stats::Stats;
+use teller::Teller;
 
 /// Attempts that may be rolled back for a passing reason (lost link, time-out) before the migration gives up:
 /// each of them cost the guest a pause.
@@ -76,6 +78,7 @@ pub struct Migration {
     phase: Phase,
     hooks: Hooks,
     listeners: Events,
+    teller: Teller,
     progress: Progress,
     stats: Stats,
     began: Instant,
@@ -150,7 +153,7 @@ pub struct Ended {
 }
 
 impl Migration {
-    /// Puts a migration together; nothing has happened to the guest yet.
+    /// Puts a migration together; nothing has happened to the guest yet. Needs a tokio runtime.
     ///
     /// # Errors
     /// [`MigrateError::Internal`] where the driver has no reader for a region that it listed.
@@ -177,6 +180,7 @@ impl Migration {
             .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
         let ledger = Ledger::new(&spec.regions);
         let stats = Stats::new(spec, options.verify);
+        let spec_name = spec.name.clone();
         Ok(Self {
             life: guest.life(),
             readers,
@@ -199,6 +203,7 @@ impl Migration {
             rolled_back: 0,
             last_rollback: None,
             phase: Phase::Negotiate,
+            teller: Teller::start(hooks.clone(), spec_name),
             hooks,
             listeners: events,
             progress,
@@ -225,6 +230,7 @@ impl Migration {
         }
         self.leave_guest().await;
         self.progress.finish();
+        self.teller.finish().await;
         let counters = self.ledger.counters();
         Ended {
             in_doubt: self.left_in_doubt || self.handover.is_in_doubt(),
@@ -283,7 +289,7 @@ impl Migration {
         self.offer().await?;
         self.guest.start_tracking().await?;
         self.tracking = true;
-        self.enter(Phase::Copy).await
+        Ok(())
     }
 
     async fn copy_and_cut_over(&mut self) -> Result<(), MigrateError> {
@@ -334,6 +340,13 @@ impl Migration {
             // Nobody is there to confirm the end, so it is not waited for.
             let reason = error.to_wire();
             self.feed(SourceEvent::ConnectionLost { reason }).await;
+        }
+        if matches!(error, MigrateError::RolledBack(_)) && self.session.is_none() {
+            // The rollback closed the session. The destination is to hear that it was the last one, and let its copy go now and not
+            // when it has waited for long enough; where it cannot be told, it does that.
+            if let Err(unreachable) = self.connect().await {
+                tracing::info!(error = %unreachable.chain(), "the destination cannot be told of the end");
+            }
         }
         self.feed(SourceEvent::Cancel {
             reason: error.to_wire(),

@@ -5,12 +5,19 @@ use vmferry_common::phase::Phase;
 use vmferry_common::units::Rate;
 
 use super::Migration;
+use super::inputs::Input;
 use crate::error::MigrateError;
 use crate::progress::Snapshot;
 
 impl Migration {
     /// How far it is, now.
     pub(super) fn snapshot(&self) -> Snapshot {
+        let note = (self.session.is_none() && self.tracking).then(|| "no connection".to_owned());
+        let of_phase = Snapshot::of_phase(self.phase, self.began.elapsed());
+        // Figures of the copy say nothing before it begins and after its last set.
+        if self.phase < Phase::Copy || self.phase > Phase::Final {
+            return Snapshot { note, ..of_phase };
+        }
         let left = self.left().total() + self.ledger.in_flight().amount.bytes;
         let total = self.stats.memory_bytes + self.stats.disk_bytes;
         let round_total = self
@@ -30,8 +37,8 @@ impl Migration {
                 .last()
                 .map(|round| Rate::of(round.dirtied_bytes, round.elapsed)),
             predicted_downtime: self.stats.prediction.map(|prediction| prediction.total()),
-            note: (self.session.is_none() && self.tracking).then(|| "no connection".to_owned()),
-            ..Snapshot::of_phase(self.phase, self.began.elapsed())
+            note,
+            ..of_phase
         }
     }
 
@@ -43,8 +50,10 @@ impl Migration {
 
     /// Answer to `status`.
     pub(super) fn status(&self) -> Value {
-        let mut status = self.snapshot().to_json(self.guest.spec().name.as_str());
+        let (snapshot, guest) = (self.snapshot(), self.guest.spec().name.as_str());
+        let mut status = snapshot.to_json(guest);
         if let Value::Object(fields) = &mut status {
+            fields.insert("text".to_owned(), json!(snapshot.to_line(guest)));
             fields.insert(
                 "migration_id".to_owned(),
                 json!(self.dialer.migration.to_string()),
@@ -66,28 +75,60 @@ impl Migration {
         facts
     }
 
-    /// Enters a phase: status, progress, hooks. A hook may say no, before the decision.
+    /// Enters a phase of the copy: status, progress, hooks. Everything else is attended meanwhile, so that a script that takes its
+    /// time holds up neither a cancel nor the news that the guest is gone.
     ///
     /// # Errors
-    /// [`MigrateError::Hook`], where this phase's hooks may veto.
+    /// [`MigrateError::Hook`], or what ended or interrupted the copy meanwhile. After the loss of the link the phase was not
+    /// entered, and its hooks are asked again.
     pub(super) async fn enter(&mut self, phase: Phase) -> Result<(), MigrateError> {
+        let before = self.phase;
+        let entered = self.enter_with(phase, Self::on_input).await;
+        if entered.as_ref().is_err_and(MigrateError::is_link_loss) {
+            self.phase = before;
+        }
+        entered
+    }
+
+    /// Enters a phase before the decision, in which a hook may say no; what happens meanwhile goes to `on_input`. Where that gives
+    /// up, the script that runs is killed.
+    pub(super) async fn enter_with<E>(
+        &mut self,
+        phase: Phase,
+        mut on_input: impl FnMut(&mut Self, Input) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        E: From<MigrateError>,
+    {
         tracing::debug!(%phase, "phase");
         self.phase = phase;
         self.show();
-        let name = self.guest.spec().name.clone();
+        let (hooks, name) = (self.hooks.clone(), self.guest.spec().name.clone());
         let facts = self.hook_facts();
         self.listeners.send("PHASE", facts.clone());
-        let ran = self.hooks.run(phase, &name, &facts).await;
-        match ran {
-            Ok(report) => {
-                self.stats.on_hooks(report.total());
-                Ok(())
-            }
-            Err(failure) if phase.can_veto() => Err(MigrateError::Hook(failure)),
-            Err(failure) => {
-                tracing::warn!(%phase, error = %MigrateError::Hook(failure).chain(), "a hook failed; after the decision this changes nothing");
-                Ok(())
-            }
+        let running = hooks.run(phase, &name, &facts);
+        tokio::pin!(running);
+        loop {
+            let input = tokio::select! {
+                ran = &mut running => {
+                    let report = ran.map_err(MigrateError::Hook)?;
+                    self.stats.on_hooks(report.total());
+                    return Ok(());
+                }
+                input = self.input() => input,
+            };
+            on_input(self, input)?;
         }
+    }
+
+    /// A phase after the decision has begun: its hooks are told, beside everything else, since nothing may hold up a guest that
+    /// is the destination's. A failure is only logged.
+    pub(super) fn tell(&mut self, phase: Phase) {
+        tracing::debug!(%phase, "phase");
+        self.phase = phase;
+        self.show();
+        let facts = self.hook_facts();
+        self.listeners.send("PHASE", facts.clone());
+        self.teller.tell(phase, facts);
     }
 }

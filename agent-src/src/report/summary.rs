@@ -27,6 +27,25 @@ pub fn print(report: &Report) -> io::Result<()> {
     stderr.flush()
 }
 
+/// Prints what went wrong, if anything did, and what to do: all that is left of the summary with `-q`.
+pub fn print_trouble(report: &Report) -> io::Result<()> {
+    if report.outcome == Ending::Committed {
+        return Ok(());
+    }
+    let mut stderr = io::stderr().lock();
+    let colour = colour_wanted(&stderr);
+    stderr.write_all(trouble(report, colour).as_bytes())?;
+    stderr.flush()
+}
+
+fn trouble(report: &Report, colour: bool) -> String {
+    let mut text = paint(&headline(report), report.outcome, colour);
+    text.push('\n');
+    line(&mut text, "  now: ", &report.what_is_true_now);
+    line(&mut text, "  do:  ", &report.what_to_do);
+    text
+}
+
 fn colour_wanted(stderr: &io::StderrLock<'_>) -> bool {
     let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     stderr.is_terminal() && !refused
@@ -36,11 +55,14 @@ fn colour_wanted(stderr: &io::StderrLock<'_>) -> bool {
 #[must_use]
 pub fn render(report: &Report, colour: bool) -> String {
     let mut text = String::from("\n");
-    text.push_str(&paint(&headline(report), report.outcome, colour));
-    text.push('\n');
-    if report.outcome != Ending::Committed {
-        line(&mut text, "  now: ", &report.what_is_true_now);
-        line(&mut text, "  do:  ", &report.what_to_do);
+    if report.outcome == Ending::Committed {
+        line(
+            &mut text,
+            "",
+            paint(&headline(report), report.outcome, colour),
+        );
+    } else {
+        text.push_str(&trouble(report, colour));
     }
     if !report.rounds.is_empty() {
         text.push('\n');
