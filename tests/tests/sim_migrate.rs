@@ -1,68 +1,314 @@
 //! The embedded guest moves between real agents: the whole of the main job, on any Linux with a new enough kernel.
 
-#![allow(clippy::unwrap_used, reason = "a test may unwrap")]
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
-use vmferry_tests::harness::role::Programs;
-use vmferry_tests::harness::sim::{SimGuest, SimSpec};
-use vmferry_tests::harness::{Host, Hosts, hosts::Agent};
+use std::fs;
 
-struct Pair {
-    _hosts: Hosts,
-    alpha: Host,
-    beta: Host,
-    agent: Agent,
+use serde_json::Value;
+use vmferry_tests::harness::process::Finished;
+use vmferry_tests::harness::role::Role;
+use vmferry_tests::harness::stage::soon;
+use vmferry_tests::harness::{SimSpec, Stage};
+
+const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
+
+/// Long enough for a loaded machine: these tests are about what arrives, not when.
+const PATIENT: [&str; 2] = ["--max-downtime", "5s"];
+
+fn stage() -> Stage {
+    Stage::set(PROGRAMS)
 }
 
-fn pair() -> Pair {
-    let programs = Programs::played_by(env!("CARGO_BIN_EXE_vmferry-demo").as_ref());
-    let hosts = Hosts::new(programs).unwrap();
-    let (alpha, beta) = (hosts.host("alpha").unwrap(), hosts.host("beta").unwrap());
-    let agent = beta.serve(&[]).unwrap();
-    Pair {
-        _hosts: hosts,
-        alpha,
-        beta,
-        agent,
+fn number(report: &Value, name: &str) -> f64 {
+    report[name]
+        .as_f64()
+        .unwrap_or_else(|| panic!("{name} is no number: {report}"))
+}
+
+/// Every field that scripts may rely on, with what makes sense in it after a commit.
+fn check_report(done: &Finished, spec: &SimSpec) {
+    let report = done.json().unwrap();
+    assert_eq!(report["outcome"], "committed");
+    assert_eq!(report["exit_code"], 0);
+    assert_eq!(report["guest"], spec.name.as_str());
+    assert_eq!(report["migration_id"].as_str().unwrap().len(), 32);
+    assert_eq!(number(&report, "memory_bytes"), spec.ram as f64);
+    assert_eq!(number(&report, "disk_bytes"), spec.disk as f64);
+    let (downtime, total) = (number(&report, "downtime_ms"), number(&report, "total_ms"));
+    assert!(0.0 < downtime && downtime < total, "{downtime} of {total}");
+    let parts = report["downtime_parts"].as_object().unwrap();
+    let sum: f64 = parts.values().map(|part| part.as_f64().unwrap()).sum();
+    assert!(
+        (sum - downtime).abs() < downtime / 10.0 + 1.0,
+        "{sum} in parts of {downtime}: {parts:?}"
+    );
+    let rounds = report["rounds"].as_array().unwrap();
+    assert!(!rounds.is_empty());
+    let raw = number(&report, "raw_bytes");
+    assert!(raw >= (spec.ram + spec.disk) as f64, "{raw}");
+    assert!(number(&report, "wire_bytes") > 0.0);
+    assert!(number(&report, "zero_blocks") > 0.0);
+    assert!(number(&report, "device_state_bytes") > 0.0);
+    for field in ["resent_blocks", "guest_stall_ms", "barrier_stall_ms"] {
+        assert!(number(&report, field) >= 0.0);
     }
+    let agent = report["peer"]["agent"].as_str().unwrap();
+    assert!(agent.starts_with("vmferry-dst "), "{agent}");
 }
 
 #[test]
 fn a_busy_guest_moves_and_nothing_is_wrong() {
-    let pair = pair();
-    let guest = SimGuest::start(SimSpec::small("web"), &pair.alpha).unwrap();
-    guest.expect_at(&pair.beta, &["alpha"]).unwrap();
-    let done = pair
-        .alpha
-        .migrate(
-            "web",
-            pair.agent.port,
-            &["--verify", "full", "--max-downtime", "2s"],
-        )
+    let stage = stage();
+    let spec = SimSpec::small("web");
+    let guest = stage.guest(spec.clone());
+    let done = stage.migrate(&guest, &["--verify", "full", "--max-downtime", "5s"]);
+    stage.expect_code(&done, 0);
+    check_report(&done, &spec);
+    let verified = &done.json().unwrap()["verified"];
+    assert_eq!(verified["mode"], "full");
+    assert_eq!(number(verified, "bytes"), (spec.ram + spec.disk) as f64);
+    stage.expect_moved(&guest);
+    println!("{}", done.stderr);
+    let gaps = guest.beats().unwrap().handovers();
+    println!("handover gap {gaps:?}");
+    assert_eq!(gaps.len(), 1);
+    for (host, role, code) in [
+        (&stage.alpha, Role::Source, 1),
+        (&stage.beta, Role::Destination, 0),
+    ] {
+        let owner = host.ask(role, "owner", "web", &[]).unwrap();
+        println!("{}: {}", host.name(), owner.stdout);
+        assert_eq!(owner.code(), code, "{}{}", owner.stdout, owner.stderr);
+    }
+}
+
+#[test]
+fn shared_memory_moves() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec {
+        ram_kind: "memfd",
+        ..SimSpec::small("web")
+    });
+    let done = stage.migrate(&guest, &["--verify", "full", "--max-downtime", "5s"]);
+    stage.expect_code(&done, 0);
+    stage.expect_moved(&guest);
+}
+
+#[test]
+fn a_paused_guest_arrives_paused() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec {
+        paused: true,
+        ..SimSpec::small("web")
+    });
+    let done = stage.migrate(&guest, &PATIENT);
+    stage.expect_code(&done, 0);
+    assert_eq!(done.json().unwrap()["guest_now"], "paused-at-destination");
+    let mut client = guest.client(&stage.beta).unwrap();
+    let status = client.status().unwrap();
+    assert_eq!(status.starts, 0, "it was let run: {status:?}");
+    guest.verify_on(&stage.beta).unwrap();
+    client.cont().unwrap();
+    drop(client);
+    stage.expect_moved(&guest);
+}
+
+#[test]
+fn several_guests_move_at_once() {
+    let stage = stage();
+    let guests: Vec<_> = ["web", "db", "mail"]
+        .iter()
+        .map(|name| {
+            stage.guest(SimSpec {
+                ram: 32 << 20,
+                ..SimSpec::small(name)
+            })
+        })
+        .collect();
+    let running: Vec<_> = guests
+        .iter()
+        .map(|guest| stage.begin(guest, &PATIENT))
+        .collect();
+    for (guest, running) in guests.iter().zip(running) {
+        let done = running.wait(std::time::Duration::from_secs(120)).unwrap();
+        stage.expect_code(&done, 0);
+        stage.expect_moved(guest);
+    }
+}
+
+#[test]
+fn there_and_back_and_there_again() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec::small("web"));
+    let back = stage.alpha.serve(&[]).unwrap();
+    let done = stage.migrate(&guest, &PATIENT);
+    stage.expect_code(&done, 0);
+    guest.expect_at(&stage.alpha, &["beta"]).unwrap();
+    let done = stage.beta.migrate("web", back.port, &PATIENT).unwrap();
+    assert_eq!(done.code(), 0, "{}\n{}", done.stderr, back.process.stderr());
+    guest.verify_on(&stage.alpha).unwrap();
+    assert!(!guest.is_on(&stage.beta));
+    let done = stage.migrate(&guest, &PATIENT);
+    stage.expect_code(&done, 0);
+    stage.expect_moved(&guest);
+    assert_eq!(guest.beats().unwrap().handovers().len(), 3);
+    for (host, role, code) in [
+        (&stage.alpha, Role::Source, 1),
+        (&stage.alpha, Role::Destination, 1),
+        (&stage.beta, Role::Source, 0),
+        (&stage.beta, Role::Destination, 0),
+    ] {
+        let owner = host.ask(role, "owner", "web", &["--json"]).unwrap();
+        assert_eq!(owner.code(), code, "{}{}", owner.stdout, owner.stderr);
+        assert_eq!(owner.json().unwrap()["generation"], 3);
+    }
+}
+
+#[test]
+fn a_disk_image_that_held_old_data_is_right_afterwards() {
+    let stage = stage();
+    let spec = SimSpec {
+        fill: 20,
+        ..SimSpec::small("web")
+    };
+    let guest = stage.guest(spec.clone());
+    let old = guest.disk_on(&stage.beta);
+    fs::write(&old, vec![0xa5; usize::try_from(spec.disk).unwrap()]).unwrap();
+    let done = stage.migrate(&guest, &["--verify", "full", "--max-downtime", "5s"]);
+    stage.expect_code(&done, 0);
+    stage.expect_moved(&guest);
+}
+
+#[test]
+fn a_guest_without_a_disk_moves() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec {
+        disk: 0,
+        disk_rate: 0,
+        ..SimSpec::small("web")
+    });
+    let done = stage.migrate(&guest, &PATIENT);
+    stage.expect_code(&done, 0);
+    stage.expect_moved(&guest);
+    assert_eq!(done.json().unwrap()["disk_bytes"], 0);
+}
+
+#[test]
+fn a_manual_cutover_waits_and_a_script_learns_the_end() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec::small("web"));
+    let mut running = stage.begin(&guest, &["--cutover", "manual", "--max-downtime", "5s"]);
+    let status = |more: &[&str]| {
+        stage
+            .alpha
+            .ask(Role::Source, "status", "web", more)
+            .unwrap()
+    };
+    assert!(soon(|| status(&["--json"])
+        .json()
+        .is_ok_and(|status| status["phase"] == "converged")));
+    let begun = guest.beats().unwrap().list.len();
+    let seen = status(&["--json"]).json().unwrap();
+    assert_eq!(seen["guest"], "web");
+    assert!(seen["predicted_downtime_ms"].is_number(), "{seen}");
+    assert!(seen["round"].as_u64().unwrap() > 1, "{seen}");
+    let said = status(&[]);
+    println!("{}", said.stdout);
+    assert!(said.stdout.contains("converged"), "{}", said.stdout);
+    let there = stage
+        .beta
+        .ask(Role::Destination, "status", "web", &[])
         .unwrap();
-    assert_eq!(
-        done.code(),
-        0,
-        "{}\n{}",
-        done.stderr,
-        pair.agent.process.stderr()
+    println!("{}", there.stdout);
+    assert!(there.stdout.contains("converged"), "{}", there.stdout);
+    // It stays converged, and the guest runs, for as long as nobody triggers.
+    guest.wait_for_beats(1000).unwrap();
+    assert_eq!(status(&["--json"]).json().unwrap()["phase"], "converged");
+    assert!(guest.beats().unwrap().list.len() > begun);
+    assert!(guest.beats().unwrap().handovers().is_empty());
+    let cutover = stage
+        .alpha
+        .ask(Role::Source, "cutover", "web", &[])
+        .unwrap();
+    println!("{}", cutover.stdout);
+    assert_eq!(cutover.code(), 0, "{}{}", cutover.stdout, cutover.stderr);
+    assert!(cutover.stdout.contains("committed"), "{}", cutover.stdout);
+    let done = running
+        .wait_for("", std::time::Duration::ZERO, |_, _| Some(()))
+        .and_then(|()| running.wait(std::time::Duration::from_secs(60)))
+        .unwrap();
+    stage.expect_code(&done, 0);
+    stage.expect_moved(&guest);
+    let after = status(&[]);
+    println!("{}", after.stdout);
+    assert!(
+        after.stdout.contains("no migration of web"),
+        "{}",
+        after.stdout
     );
-    let report = done.json().unwrap();
-    assert_eq!(report["outcome"], "committed");
-    guest.wait_for_beats(50).unwrap();
-    guest.verify_on(&pair.beta).unwrap();
-    assert!(!guest.is_on(&pair.alpha));
-    let beats = guest.beats().unwrap();
-    beats.check().unwrap();
-    println!("{}\nhandover gap {:?}", done.stderr, beats.handovers());
-    assert_eq!(beats.handovers().len(), 1);
-    guest.end_on(&pair.beta);
+    let nobody = stage
+        .alpha
+        .ask(Role::Source, "cutover", "web", &[])
+        .unwrap();
+    assert_eq!(nobody.code(), 1);
+    assert!(
+        nobody
+            .stderr
+            .contains("no migration of web is under way on this host")
+    );
+}
+
+#[test]
+fn quiet_is_quiet_and_json_is_one_line() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec::small("web"));
+    let done = stage.migrate(&guest, &["-q", "--max-downtime", "5s"]);
+    stage.expect_code(&done, 0);
+    assert_eq!(done.stderr, "");
+    assert_eq!(done.stdout.lines().count(), 1);
+    done.json().unwrap();
+    // A failure is said all the same.
+    guest.write_source_file(&stage.alpha).unwrap();
+    let done = stage.migrate(&guest, &["-q"]);
+    stage.expect_code(&done, 1);
+    println!("{}", done.stderr);
+    assert!(done.stderr.starts_with("error: "), "{}", done.stderr);
+}
+
+#[test]
+fn wrong_words_on_the_command_line_exit_with_2() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec::small("web"));
+    for wrong in [
+        &["--frobnicate"][..],
+        &["--max-downtime", "300"],
+        &["--max-downtime", "0s"],
+        &["--lanes", "65"],
+        &["--connections", "3", "--lanes", "2"],
+        &["--compress", "20"],
+        &["--on-stall", "pray"],
+        &["--max-bandwidth", "12"],
+        &["--max-downtime", "5s", "--pause-timeout", "1s"],
+        &["--identity", "/nowhere"],
+    ] {
+        let done = stage.migrate(&guest, wrong);
+        println!("{wrong:?}: {}", done.stderr);
+        stage.expect_code(&done, 2);
+        assert!(done.stderr.contains("error: "), "{}", done.stderr);
+    }
+    let missing = stage
+        .alpha
+        .migrate("nobody", stage.agent.port, &[])
+        .unwrap();
+    println!("{}", missing.stderr);
+    stage.expect_code(&missing, 2);
+    stage.expect_stayed(&guest);
 }
 
 #[test]
 fn a_session_of_several_connections_moves_a_guest() {
-    let pair = pair();
-    let guest = SimGuest::start(SimSpec::small("web"), &pair.alpha).unwrap();
-    guest.expect_at(&pair.beta, &["alpha"]).unwrap();
+    let stage = stage();
+    let guest = stage.guest(SimSpec::small("web"));
     let more = [
         "--connections",
         "3",
@@ -73,15 +319,15 @@ fn a_session_of_several_connections_moves_a_guest() {
         "--max-downtime",
         "2s",
     ];
-    let done = pair.alpha.migrate("web", pair.agent.port, &more).unwrap();
+    let done = stage.alpha.migrate("web", stage.agent.port, &more).unwrap();
     assert_eq!(
         done.code(),
         0,
         "{}\n{}",
         done.stderr,
-        pair.agent.process.stderr()
+        stage.agent.process.stderr()
     );
     guest.wait_for_beats(50).unwrap();
-    guest.verify_on(&pair.beta).unwrap();
+    guest.verify_on(&stage.beta).unwrap();
     guest.beats().unwrap().check().unwrap();
 }

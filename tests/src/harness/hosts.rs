@@ -92,6 +92,16 @@ impl Hosts {
     }
 }
 
+impl Drop for Hosts {
+    /// Guests outlive the agents that launch them; the folder's name in their command line says whose they are.
+    fn drop(&mut self) {
+        let mark = format!("{}/", self.dir.path().display());
+        for pid in super::process::with_words(&mark) {
+            super::process::kill(pid);
+        }
+    }
+}
+
 impl Host {
     /// Its name.
     #[must_use]
@@ -109,6 +119,20 @@ impl Host {
     #[must_use]
     pub const fn programs(&self) -> &Programs {
         &self.programs
+    }
+
+    /// Identifies itself with what is in `dir` from now on.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn take_identity(&self, dir: &Path) -> anyhow::Result<()> {
+        let own = self.path("identity");
+        for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+            let from = entry?.path();
+            let to = own.join(from.file_name().context("no file name")?);
+            fs::copy(&from, &to).with_context(|| to.display().to_string())?;
+        }
+        Ok(())
     }
 
     /// Writes the guest file of `guest`.
@@ -166,19 +190,32 @@ impl Host {
     /// # Errors
     /// The program cannot be started.
     pub fn start_migrate(&self, guest: &str, port: u16, more: &[&str]) -> anyhow::Result<Running> {
+        self.start_migrate_to(guest, &format!("127.0.0.1:{port}"), more)
+    }
+
+    /// Starts `vmferry-src migrate GUEST.toml --to HOST:PORT --json`.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn start_migrate_to(
+        &self,
+        guest: &str,
+        to: &str,
+        more: &[&str],
+    ) -> anyhow::Result<Running> {
         Running::start(
             "vmferry-src",
-            self.migrate_command(guest, port, more),
+            self.migrate_command(guest, to, more),
             &self.path("logs"),
         )
     }
 
-    fn migrate_command(&self, guest: &str, port: u16, more: &[&str]) -> Command {
+    fn migrate_command(&self, guest: &str, to: &str, more: &[&str]) -> Command {
         let mut command = self.programs.command(Role::Source);
         command
             .arg("migrate")
             .arg(self.path("guests").join(format!("{guest}.toml")));
-        command.arg("--to").arg(format!("127.0.0.1:{port}"));
+        command.arg("--to").arg(to);
         command.arg("--identity").arg(self.path("identity"));
         command
             .arg("--state")
@@ -200,7 +237,7 @@ impl Host {
         more: &[&str],
         limit: Duration,
     ) -> anyhow::Result<Finished> {
-        let command = self.migrate_command(guest, port, more);
+        let command = self.migrate_command(guest, &format!("127.0.0.1:{port}"), more);
         Running::start_in_view("vmferry-src", command, &self.path("logs"))?.wait(limit)
     }
 

@@ -6,9 +6,15 @@
 
 pub mod hosts;
 pub mod process;
+pub mod proxy;
 pub mod qemu;
 pub mod role;
+pub mod scripts;
 pub mod sim;
+pub mod stage;
 
 pub use hosts::{Host, Hosts};
 pub use process::{Finished, Running};
+pub use proxy::Proxy;
+pub use sim::{SimGuest, SimSpec};
+pub use stage::Stage;

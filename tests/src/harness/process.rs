@@ -197,6 +197,44 @@ impl Finished {
     }
 }
 
+/// Processes in whose command line `words` occur, zombies aside.
+#[must_use]
+pub fn with_words(words: &str) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| *pid != std::process::id())
+        .filter(|pid| {
+            let words_of = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&words_of).contains(words)
+        })
+        .collect()
+}
+
+/// Ends a process at once; it may be gone already.
+pub fn kill(pid: u32) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It may be gone already.
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+/// What the descriptors of a process point at, sorted; those of short life (connections to its socket) aside.
+#[must_use]
+pub fn descriptors(pid: u32) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return Vec::new();
+    };
+    let mut found: Vec<String> = entries
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .map(|target| target.display().to_string())
+        .filter(|target| !target.starts_with("socket:"))
+        .collect();
+    found.sort();
+    found
+}
+
 fn read(path: &Path) -> String {
     let mut bytes = Vec::new();
     // What cannot be read yet is empty.

@@ -149,8 +149,16 @@ impl SimGuest {
     /// # Errors
     /// The disk.
     pub fn expect_at(&self, host: &Host, from: &[&str]) -> anyhow::Result<PathBuf> {
+        self.expect_as(&self.spec, host, from)
+    }
+
+    /// As [`expect_at`](Self::expect_at), but what is launched there is made as `spec` says.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn expect_as(&self, spec: &SimSpec, host: &Host, from: &[&str]) -> anyhow::Result<PathBuf> {
         let mut launch = host.programs().words(Role::SimGuest);
-        launch.extend(self.spec.args(host, &self.beats));
+        launch.extend(spec.args(host, &self.beats));
         launch.push("--incoming".to_owned());
         let mut table = self.common(host);
         table.insert(
@@ -220,6 +228,28 @@ impl SimGuest {
         );
         ensure!(verdict.pages > 0, "nothing was checked");
         Ok(())
+    }
+
+    /// What there is of the guest on `host` although it is not there: processes, socket, files of the run folder.
+    #[must_use]
+    pub fn traces_on(&self, host: &Host) -> Vec<String> {
+        let socket = socket(host, &self.spec.name);
+        let processes = super::process::with_words(&socket.display().to_string())
+            .into_iter()
+            .map(|pid| format!("process {pid}"));
+        let run_folder = host.path("state/run/guests").join(&self.spec.name);
+        let paths = [socket, run_folder]
+            .into_iter()
+            .filter(|path| path.exists());
+        processes
+            .chain(paths.map(|path| path.display().to_string()))
+            .collect()
+    }
+
+    /// The disk image of the guest on `host`.
+    #[must_use]
+    pub fn disk_on(&self, host: &Host) -> PathBuf {
+        disk(host, &self.spec.name)
     }
 
     /// The beats so far.
