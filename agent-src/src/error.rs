@@ -52,7 +52,7 @@ pub enum MigrateError {
     Journal(#[source] JournalError),
     /// The policy sees no sense in going on.
     #[error("{0}")]
-    GivenUp(GiveUp),
+    GivenUp(Box<GiveUp>),
     /// The whole migration took too long.
     #[error("not done within --timeout {}", Span(*.0))]
     TimedOut(Duration),

@@ -308,7 +308,7 @@ async fn run(
         lanes: options.lanes,
         connections: options.connections,
     };
-    let before = desk.guest.spec().run_state;
+    let before = state_before(&record, desk.guest.spec().run_state);
     let hooks = Hooks::new(Some(options.hooks.clone()), HOOK_LIMIT);
     let events = desk.socket.events();
     let parts = Parts {
@@ -333,6 +333,19 @@ async fn run(
     tell_the_end(&hooks, &events, &record.guest, &report).await;
     answer(waiters, &report).await;
     Ok(report)
+}
+
+/// The state that the guest is in while nobody migrates it: it may be an earlier agent that paused it.
+fn state_before(record: &SourceRecord, found: RunState) -> RunState {
+    match record.state {
+        SourceState::Copying { .. } | SourceState::Released { .. } | SourceState::Ended { .. } => {
+            found
+        }
+        SourceState::Pausing { .. }
+        | SourceState::Committing { .. }
+        | SourceState::RolledBack { .. }
+        | SourceState::Fenced { .. } => record.run_state_before,
+    }
 }
 
 /// Tells scripts and listeners how it ended; it changes nothing any more.

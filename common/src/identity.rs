@@ -246,9 +246,9 @@ impl Identity {
     /// Judges the identity as a peer would at `now`.
     pub fn check(&self, now: UnixTime) -> Result<(), IdentityError> {
         let advice = if now.as_secs() < self.not_before {
-            Some("check this host's clock")
+            Some("it is not valid yet: check this host's clock")
         } else if now.as_secs() > self.not_after {
-            Some("issue a new one with `vmferry-certs issue`")
+            Some("it has expired: issue a new one with `vmferry-certs issue`")
         } else {
             None
         };

@@ -1,6 +1,8 @@
 //! A migration is cancelled, or does not converge, at every moment before the decision: the guest runs on where it was, the
 //! destination is as if nothing had been sent, and the next migration succeeds.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
 use std::net::UdpSocket;
 use std::time::Duration;
 

@@ -1,6 +1,8 @@
 //! Links that break and agents that are killed: the guest runs on exactly one side or waits in doubt and says so, nothing is left
 //! behind, and the next migration succeeds.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -30,11 +32,16 @@ fn status(host: &Host) -> Option<serde_json::Value> {
     status.json().ok()
 }
 
-fn wait_in_copy(stage: &Stage, running: &mut Running) {
+/// Until so many bytes are accounted for at the destination.
+fn wait_for_bytes(stage: &Stage, running: &mut Running, bytes: u64) {
     let seen = running.wait_for("the middle of the copy", END, |_, _| {
-        (status(&stage.alpha)?["bytes_done"].as_u64()? > 4 << 20).then_some(())
+        (status(&stage.alpha)?["bytes_done"].as_u64()? > bytes).then_some(())
     });
     seen.unwrap();
+}
+
+fn wait_in_copy(stage: &Stage, running: &mut Running) {
+    wait_for_bytes(stage, running, 4 << 20);
 }
 
 fn owner(host: &Host, role: Role) -> Finished {
@@ -93,9 +100,13 @@ fn a_link_that_is_lost_in_the_copy_comes_back() {
     let proxy = Proxy::to(stage.agent.port).unwrap();
     let mut running = stage
         .alpha
-        .start_migrate("web", proxy.port(), &[&SLOW[..], &PATIENT].concat())
+        .start_migrate(
+            "web",
+            proxy.port(),
+            &[&SLOW[..], &PATIENT, &["--lanes", "2"]].concat(),
+        )
         .unwrap();
-    wait_in_copy(&stage, &mut running);
+    wait_for_bytes(&stage, &mut running, 24 << 20);
     proxy.cut();
     let noticed = running.wait_for("the loss", END, |_, said| {
         said.contains("connecting again").then_some(())
@@ -282,11 +293,17 @@ fn an_answer_that_was_lost_leaves_one_runner_and_recover_learns_of_it() {
     let stage = Stage::set(PROGRAMS);
     let guest = stage.guest(small());
     let proxy = Proxy::to(stage.agent.port).unwrap();
-    let running = commit_into_the_void(&stage, &proxy);
-    // Commit gets there now, its answer does not.
-    proxy.cut_back();
-    proxy.restore_there();
+    let gate = stage.beta.gate("load").unwrap();
+    let mut running = stage
+        .alpha
+        .start_migrate("web", proxy.port(), &PATIENT)
+        .unwrap();
+    gate.wait_reached(&mut running).unwrap();
+    // Commit gets there; its answer is on the way for so long that the link is cut before it arrives.
+    proxy.delay_back(Duration::from_secs(2));
+    gate.remove().unwrap();
     assert!(soon(|| runs(&guest, &stage.beta)), "{}", stage.agent_log());
+    proxy.cut();
     assert!(paused(&guest, &stage.alpha));
     assert_eq!(owner(&stage.alpha, Role::Source).code(), 1);
     assert_eq!(owner(&stage.beta, Role::Destination).code(), 0);

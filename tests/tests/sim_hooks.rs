@@ -1,5 +1,7 @@
 //! Hook scripts on both sides: told of every phase, and able to refuse until the decision.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
 use vmferry_tests::harness::{SimSpec, Stage};
 
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");

@@ -1,6 +1,8 @@
 //! What is refused before a byte is copied: certificates that are not right, guests that do not fit, names that are taken.
 //! Each refusal says why on both sides and leaves the guest alone.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;

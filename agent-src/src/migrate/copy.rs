@@ -63,7 +63,7 @@ impl Migration {
                     return self.converged().await;
                 }
                 Decision::GiveUp(reason) => {
-                    return Err(MigrateError::GivenUp(reason));
+                    return Err(MigrateError::GivenUp(Box::new(reason)));
                 }
             }
         }
@@ -79,7 +79,7 @@ impl Migration {
             limits: self.options.limits,
             elapsed: self.began.elapsed(),
             triggered: self.triggered,
-            guest_runs: self.guest.spec().run_state == RunState::Running,
+            guest_runs: self.run_state == RunState::Running,
         }
     }
 

@@ -36,6 +36,7 @@ use vmferry_hypervisor::{GuestLife, GuestPaused, RegionReader, SourceGuest};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{SourceAction, SourceEnd, SourceEvent, SourceHandover, SourceRecord};
 use vmferry_proto::ledger::Ledger;
+use vmferry_proto::spec::RunState;
 
 use crate::cli::MigrateOptions;
 use crate::error::{LinkError, MigrateError};
@@ -60,6 +61,8 @@ pub struct Migration {
     life: watch::Receiver<GuestLife>,
     readers: Vec<Arc<dyn RegionReader>>,
     paused: Option<GuestPaused>,
+    /// State of the guest when the copy began.
+    run_state: RunState,
     tracking: bool,
     ledger: Ledger,
     counters: Arc<LaneCounters>,
@@ -180,11 +183,12 @@ impl Migration {
             .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
         let ledger = Ledger::new(&spec.regions);
         let stats = Stats::new(spec, options.verify);
-        let spec_name = spec.name.clone();
+        let (spec_name, run_state) = (spec.name.clone(), spec.run_state);
         Ok(Self {
             life: guest.life(),
             readers,
             paused: None,
+            run_state,
             tracking: false,
             ledger,
             counters: Arc::new(LaneCounters::new(options.compress)),
@@ -284,6 +288,8 @@ impl Migration {
     /// First session: the destination knows the guest, and its copy is prepared.
     async fn negotiate(&mut self) -> Result<(), MigrateError> {
         self.enter(Phase::Negotiate).await?;
+        // An earlier agent's pause may have been undone since the guest was attached.
+        self.run_state = self.guest.run_state().await?;
         self.connect().await?;
         self.enter(Phase::Prepare).await?;
         self.offer().await?;
@@ -341,9 +347,10 @@ impl Migration {
             let reason = error.to_wire();
             self.feed(SourceEvent::ConnectionLost { reason }).await;
         }
-        if matches!(error, MigrateError::RolledBack(_)) && self.session.is_none() {
-            // The rollback closed the session. The destination is to hear that it was the last one, and let its copy go now and not
-            // when it has waited for long enough; where it cannot be told, it does that.
+        let tell = matches!(error, MigrateError::RolledBack(_) | MigrateError::Recovered);
+        if tell && self.session.is_none() {
+            // A rollback closed the session, or a killed agent left none. The destination is to let its copy go now, and not when it
+            // has waited for long enough; where it cannot be told, it does that.
             if let Err(unreachable) = self.connect().await {
                 tracing::info!(error = %unreachable.chain(), "the destination cannot be told of the end");
             }

@@ -1,16 +1,17 @@
 //! A link that a test can cut: a relay of UDP datagrams between the agents.
 //!
 //! Owns one thread and the sockets. Each direction is cut and restored by itself; what is sent meanwhile is lost, as on a pulled
-//! cable. It counts what it carries, which is what really went over the wire. It does not delay or reorder.
+//! cable. What comes from the destination can be held back for a time. It counts what it carries, which is what really
+//! went over the wire. It does not reorder.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -35,6 +36,8 @@ struct Link {
     cut_there: AtomicBool,
     /// Lost on the way back.
     cut_back: AtomicBool,
+    /// For how long what comes back is held, in milliseconds.
+    delay_back: AtomicU64,
     bytes_there: AtomicU64,
     stop: AtomicBool,
 }
@@ -53,6 +56,7 @@ impl Proxy {
             target: SocketAddr::from(([127, 0, 0, 1], target)),
             backs: Vec::new(),
             known: HashMap::new(),
+            held: VecDeque::new(),
             link: link.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -87,6 +91,12 @@ impl Proxy {
         self.link.cut_back.store(true, Ordering::Relaxed);
     }
 
+    /// Holds what comes from the destination for `time`. What is held when that direction is cut is lost, too.
+    pub fn delay_back(&self, time: Duration) {
+        let millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        self.link.delay_back.store(millis, Ordering::Relaxed);
+    }
+
     /// Carries again, to the destination.
     pub fn restore_there(&self) {
         self.link.cut_there.store(false, Ordering::Relaxed);
@@ -95,6 +105,7 @@ impl Proxy {
     /// Carries again, both ways.
     pub fn restore(&self) {
         self.restore_there();
+        self.delay_back(Duration::ZERO);
         self.link.cut_back.store(false, Ordering::Relaxed);
     }
 
@@ -121,6 +132,8 @@ struct Relay {
     /// One socket per source, so that the destination tells them apart.
     backs: Vec<(SocketAddr, UdpSocket)>,
     known: HashMap<SocketAddr, usize>,
+    /// On their way back: when they are due, to whom, what.
+    held: VecDeque<(Instant, SocketAddr, Vec<u8>)>,
     link: Arc<Link>,
 }
 
@@ -131,8 +144,22 @@ impl Relay {
             self.wait()?;
             self.forward(&mut buffer)?;
             self.bring_back(&mut buffer);
+            self.deliver();
         }
         Ok(())
+    }
+
+    fn deliver(&mut self) {
+        while let Some((due, _, _)) = self.held.front()
+            && *due <= Instant::now()
+        {
+            let Some((_, source, datagram)) = self.held.pop_front() else {
+                return;
+            };
+            if !self.link.cut_back.load(Ordering::Relaxed) {
+                drop(self.front.send_to(&datagram, source));
+            }
+        }
     }
 
     /// Until there is something, or for a moment: the end is not announced.
@@ -141,7 +168,8 @@ impl Relay {
         let mut polled: Vec<PollFd<'_>> = sockets
             .map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN))
             .collect();
-        let moment = Timespec::try_from(Duration::from_millis(50)).map_err(io::Error::other)?;
+        let moment = if self.held.is_empty() { 50 } else { 2 };
+        let moment = Timespec::try_from(Duration::from_millis(moment)).map_err(io::Error::other)?;
         match poll(&mut polled, Some(&moment)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -167,13 +195,13 @@ impl Relay {
         Ok(())
     }
 
-    fn bring_back(&self, buffer: &mut [u8]) {
+    fn bring_back(&mut self, buffer: &mut [u8]) {
+        let delay = Duration::from_millis(self.link.delay_back.load(Ordering::Relaxed));
         for (source, back) in &self.backs {
             for _ in 0..BURST {
                 let Ok(len) = back.recv(buffer) else { break };
-                if !self.link.cut_back.load(Ordering::Relaxed) {
-                    drop(self.front.send_to(&buffer[..len], source));
-                }
+                let due = Instant::now() + delay;
+                self.held.push_back((due, *source, buffer[..len].to_vec()));
             }
         }
     }

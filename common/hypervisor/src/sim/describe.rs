@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 use vmferry_common::process::ProcessIdentity;
+use vmferry_common::units::Size;
 use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{GuestName, RegionId};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RegionSpec, RunState};
@@ -120,19 +121,21 @@ pub(super) fn differences(theirs: &GuestSpec, ours: &GuestSpec) -> Vec<String> {
     let mut found = Vec::new();
     if theirs.driver != ours.driver {
         found.push(format!(
-            "the guest is one of driver {} there and {} here",
+            "the guest is one of driver {} at the source and of driver {} at the destination",
             theirs.driver, ours.driver
         ));
     }
     for region in &theirs.regions {
         match ours.regions.iter().find(|other| other.name == region.name) {
-            None => found.push(format!("{} is missing here", region.name)),
+            None => found.push(format!("{} is missing at the destination", region.name)),
             Some(other)
                 if (other.len, other.kind, other.id) != (region.len, region.kind, region.id) =>
             {
                 found.push(format!(
-                    "{} has {} bytes there and {} here",
-                    region.name, region.len.0, other.len.0
+                    "{} is {} at the source and {} at the destination: make it the same",
+                    region.name,
+                    exact(region.len.0),
+                    exact(other.len.0)
                 ));
             }
             Some(_) => {}
@@ -140,16 +143,21 @@ pub(super) fn differences(theirs: &GuestSpec, ours: &GuestSpec) -> Vec<String> {
     }
     for region in &ours.regions {
         if !theirs.regions.iter().any(|other| other.name == region.name) {
-            found.push(format!("{} is only here", region.name));
+            found.push(format!("{} is only at the destination", region.name));
         }
     }
     if theirs.shared_disks != ours.shared_disks {
         found.push(format!(
-            "shared disks are {:?} there and {:?} here",
+            "shared disks are {:?} at the source and {:?} at the destination",
             theirs.shared_disks, ours.shared_disks
         ));
     }
     found
+}
+
+/// A length for a person, and to the byte: two that differ must not look alike.
+fn exact(len: u64) -> String {
+    format!("{} ({len} bytes)", Size(len))
 }
 
 /// The guest's RAM, from outside.

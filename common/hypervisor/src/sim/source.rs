@@ -91,9 +91,11 @@ impl SimSource {
             }),
             (Some(_), DiskMode::Shared) | (None, _) => None,
         };
+        let mut memory = describe::memory(&found, &identity)?;
+        remove_leftovers(&mut client, &mut memory, &found).await?;
         Ok(Self {
             life: LifeWatch::start(path).await?,
-            memory: describe::memory(&found, &identity)?,
+            memory,
             process: Watched::find(identity)?,
             spec: describe::spec(&config.name, &found, mode),
             client,
@@ -144,6 +146,45 @@ impl SimSource {
             longest_hold: Duration::ZERO,
         })
     }
+}
+
+/// Ends the tracking that an agent which was killed left in the guest. The guest makes no userfaultfd by itself, so one that is there
+/// is an agent's; whoever attaches holds the guest's lock, so that agent is dead.
+async fn remove_leftovers(
+    client: &mut Client,
+    memory: &mut ProcessMemory,
+    found: &Description,
+) -> Result<(), GuestError> {
+    while let Some(descriptor) = tracking_descriptor(found.pid) {
+        tracing::info!(
+            pid = found.pid,
+            descriptor,
+            "ending the tracking that an earlier agent left"
+        );
+        memory.resume_tracking(descriptor).await?;
+        memory.stop_tracking().await?;
+        if tracking_descriptor(found.pid) == Some(descriptor) {
+            return Err(GuestError::Refused {
+                command: format!("close of descriptor {descriptor}"),
+                answer: "it is open in the guest's process still".to_owned(),
+            });
+        }
+        if found.disk.is_some() {
+            client.tell("stop-disk-tracking", None).await?;
+        }
+    }
+    Ok(())
+}
+
+fn tracking_descriptor(pid: u32) -> Option<i32> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+    entries
+        .filter_map(Result::ok)
+        .filter(|entry| {
+            std::fs::read_link(entry.path())
+                .is_ok_and(|target| target.as_os_str() == "anon_inode:[userfaultfd]")
+        })
+        .find_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 fn no_disk() -> GuestError {
