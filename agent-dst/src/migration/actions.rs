@@ -329,9 +329,7 @@ impl Migration {
             | Job::MakeCopy { .. }
             | Job::Load { .. }
             | Job::Start { .. }
-            | Job::Discard => {
-                (None, self.copy.as_mut().and_then(|copy| copy.guest.take()))
-            }
+            | Job::Discard => (None, self.copy.as_mut().and_then(|copy| copy.guest.take())),
         };
         self.asking = asking;
         self.job = Some(Box::pin(jobs::run(job, tools, guest)));
