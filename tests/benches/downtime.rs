@@ -3,12 +3,21 @@
 //! An idle embedded guest, then (where QEMU is there) an idle Linux under QEMU, over loopback. The parts are those that the source
 //! agent reports; beside them, how long the running guest was held at most by scan, re-arm and barrier.
 
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use vmferry_tests::bench::{self, Moved, Pair, Series, Target};
+use vmferry_tests::harness::qemu;
+use vmferry_tests::harness::role::Programs;
 use vmferry_tests::harness::sim::SimSpec;
+use vmferry_tests::lab::{BeatRecorder, Disk, JudgeParams, Lab};
 
 const RUNS: u32 = 20;
+const QEMU_RUNS: u32 = 6;
 
 const PARTS: [&str; 12] = [
     "pause",
@@ -26,7 +35,16 @@ const PARTS: [&str; 12] = [
 ];
 
 fn main() -> ExitCode {
-    bench::main(|| embedded())
+    bench::main(|| {
+        embedded()?;
+        match Lab::find() {
+            Ok(lab) => real(lab),
+            Err(missing) => {
+                println!("an idle Linux under QEMU: SKIPPED: {missing}");
+                Ok(())
+            }
+        }
+    })
 }
 
 /// What is measured of every migration.
@@ -34,6 +52,8 @@ struct Table {
     gap: Series,
     downtime: Series,
     parts: Vec<Series>,
+    /// The yardstick: what a journal's record costs on this disk, at this moment.
+    durable: Series,
     stall: Series,
     hold: Series,
     barrier: Series,
@@ -48,20 +68,16 @@ impl Table {
                 .iter()
                 .map(|part| Series::new(&format!("  {part}"), "ms"))
                 .collect(),
+            durable: Series::new("one small file made durable", "ms"),
             stall: Series::new("longest stall between beats", "ms"),
             hold: Series::new("longest hold by scan and re-arm", "ms"),
             barrier: Series::new("longest barrier", "ms"),
         }
     }
 
-    fn push(&mut self, moved: &Moved) -> anyhow::Result<()> {
-        self.gap.push(moved.gap()?.as_secs_f64() * 1e3);
-        self.stall
-            .push(moved.beats.longest_within().as_secs_f64() * 1e3);
-        self.push_report(moved)
-    }
-
-    fn push_report(&mut self, moved: &Moved) -> anyhow::Result<()> {
+    fn push(&mut self, moved: &Moved, gap: Duration, stall: Duration) -> anyhow::Result<()> {
+        self.gap.push(millis(gap));
+        self.stall.push(millis(stall));
         self.downtime.push(moved.millis("downtime_ms")?);
         for (part, series) in PARTS.iter().zip(&mut self.parts) {
             series.push(moved.millis(&format!("downtime_parts/{part}_ms"))?);
@@ -71,12 +87,28 @@ impl Table {
         Ok(())
     }
 
+    /// Takes the yardstick on the disk of `folder`.
+    fn measure_disk(&mut self, folder: &Path) -> anyhow::Result<()> {
+        let began = Instant::now();
+        let path = folder.join("yardstick");
+        let mut file = File::create(&path)?;
+        file.write_all(&[0x5a; 300])?;
+        file.sync_all()?;
+        std::fs::rename(&path, folder.join("yardstick.done"))?;
+        File::open(folder)?.sync_all()?;
+        self.durable.push(millis(began.elapsed()));
+        Ok(())
+    }
+
     fn print(&self, gap: Target) {
         println!("{}\n{}", self.gap, self.downtime);
         for part in &self.parts {
             println!("{part}");
         }
-        println!("{}\n{}\n{}", self.stall, self.hold, self.barrier);
+        println!(
+            "{}\n{}\n{}\n{}",
+            self.durable, self.stall, self.hold, self.barrier
+        );
         gap.judge("downtime, median", self.gap.median(), "ms");
         Target::AtMost(2.0).judge(
             "scan and re-arm hold the guest, at most",
@@ -84,6 +116,10 @@ impl Table {
             "ms",
         );
     }
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }
 
 fn embedded() -> anyhow::Result<()> {
@@ -96,9 +132,63 @@ fn embedded() -> anyhow::Result<()> {
     };
     let mut table = Table::new();
     for _ in 0..bench::runs(RUNS) {
-        table.push(&pair.move_one(&spec, &[])?)?;
+        table.measure_disk(&pair.alpha.path("images"))?;
+        let moved = pair.move_one(&spec, &[])?;
+        table.push(&moved, moved.gap()?, moved.beats.longest_within())?;
     }
     println!("downtime of an idle embedded guest of 256 MiB");
     table.print(Target::AtMost(10.0));
     Ok(())
+}
+
+/// One Linux goes there and back again until it has moved often enough.
+fn real(lab: &'static Lab) -> anyhow::Result<()> {
+    let guest = lab
+        .guest("idle")
+        .disk(Disk::raw(64 << 20).prefilled(16 << 20))
+        .judge(JudgeParams {
+            memory: 64 << 20,
+            dirty: 0,
+            disk: 0,
+            ..JudgeParams::default()
+        })
+        .build()?;
+    let programs = Programs::played_by(env!("CARGO_BIN_EXE_vmferry-demo").as_ref());
+    let pair = qemu::Pair::new(programs, guest)?;
+    pair.expect_launched()?;
+    let _first = pair.boot()?;
+    let mut table = Table::new();
+    for run in 0..bench::runs(QEMU_RUNS) {
+        let (from, to) = if run % 2 == 0 {
+            (&pair.alpha, &pair.beta)
+        } else {
+            (&pair.beta, &pair.alpha)
+        };
+        table.measure_disk(from.place.folder())?;
+        let agent = to.host.serve(&[])?;
+        let began = Instant::now();
+        let moved = pair.move_guest((from, to), &agent, &[])?;
+        let beats = pair.guest.beats().report(1)?;
+        let gap = beats.handovers.last().context("no handover")?.length;
+        let moved = Moved {
+            report: moved.report,
+            beats: Default::default(),
+        };
+        table.push(&moved, gap, longest_stall(pair.guest.beats(), began))?;
+    }
+    pair.unbroken(1)?;
+    println!("downtime of an idle Linux of 256 MiB under QEMU (TCG)");
+    table.print(Target::AtMost(60.0));
+    Ok(())
+}
+
+/// The longest time between two beats of one process since `began`.
+fn longest_stall(beats: &BeatRecorder, began: Instant) -> Duration {
+    let streams = beats.streams();
+    let pairs = streams.iter().flat_map(|stream| stream.beats.windows(2));
+    pairs
+        .filter(|pair| pair[0].at >= began)
+        .map(|pair| pair[1].at.saturating_duration_since(pair[0].at))
+        .max()
+        .unwrap_or_default()
 }

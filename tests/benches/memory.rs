@@ -43,7 +43,7 @@ impl Case {
         match self {
             Self::Fast => "loopback",
             Self::SlowDestination => "destination stopped for 80 ms of 100",
-            Self::LimitedBandwidth => "--max-bandwidth 100MiB",
+            Self::LimitedBandwidth => "--max-bandwidth 100MiB/s",
         }
     }
 }
@@ -61,7 +61,7 @@ fn run(case: Case) -> anyhow::Result<()> {
     })?;
     let mut options = vec!["--compress", "off", "--max-downtime", "5s"];
     if let Case::LimitedBandwidth = case {
-        options.extend(["--max-bandwidth", "100MiB"]);
+        options.extend(["--max-bandwidth", "100MiB/s"]);
     }
     let mut source = pair
         .alpha

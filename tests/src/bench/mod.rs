@@ -27,7 +27,7 @@ pub fn main(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error:?}");
+            eprintln!("{error:#}");
             ExitCode::FAILURE
         }
     }

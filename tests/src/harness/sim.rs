@@ -298,7 +298,7 @@ pub struct Beat {
 }
 
 /// The beats of a guest's life.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Beats {
     /// All of them, in the order in which they came.
     pub list: Vec<Beat>,
