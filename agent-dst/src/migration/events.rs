@@ -191,7 +191,14 @@ impl Migration {
             tracing::info!(guest = %self.config.name, code = %reason.code, "the source gives up: {}", reason.detail);
             self.drop_receipt();
         }
+        let cancelled = match &event {
+            DestinationEvent::Cancel { reason } => Some(reason.clone()),
+            _ => None,
+        };
         self.feed_peer(event).await;
+        if let Some(reason) = cancelled {
+            self.stop_asking(&reason).await;
+        }
     }
 
     async fn on_offer(&mut self, offer: Offer) {

@@ -1,7 +1,8 @@
 //! Hook scripts for tests: real ones, in the hooks folder of a host.
 //!
 //! Owns three kinds: one that writes down how it was called, one that refuses, and a gate that holds the migration
-//! in a phase until the test opens it. A gate gives up by itself, so that no test hangs on it.
+//! in a phase until the test opens it. A gate gives up by itself, so that no test hangs on it, but later than any test
+//! waits for something to come true: a script that should have been killed is noticed.
 
 use std::fs;
 use std::io::Write as _;
@@ -109,7 +110,7 @@ impl Host {
             self.path(&format!("{phase}.open")),
         );
         let body = format!(
-            "touch '{}'\nfor i in $(seq 500); do [ -e '{}' ] && exit 0; sleep 0.05; done\nexit 1",
+            "touch '{}'\nfor i in $(seq 1200); do [ -e '{}' ] && exit 0; sleep 0.05; done\nexit 1",
             reached.display(),
             open.display()
         );
