@@ -113,7 +113,7 @@ fn people_cancel_touch_give_up_and_fence_while_the_journal_fails() {
         fencing: true,
         ..CALM
     };
-    check("people", HandoverModel::new(bounds), &[DOUBT], 91_903);
+    check("people", HandoverModel::new(bounds), &[DOUBT], 92_307);
 }
 
 #[test]
