@@ -1,8 +1,8 @@
 //! Buffers of frames that come back when the transport has no use for them any more.
 //!
 //! Owns a bounded list of them, shared by the lanes of a session. A payload is lent to the transport until it is
-//! acknowledged; from then on its memory can carry another frame. Without that every frame would be fresh memory, whose
-//! page faults and clearing cost as much as copying it. Invariant: a buffer is handed out only when nobody else holds it.
+//! acknowledged; from then on its memory can carry another frame, without the page faults and the clearing of fresh
+//! memory. Invariant: a buffer is handed out only when nobody else holds it.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};

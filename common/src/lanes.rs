@@ -394,7 +394,7 @@ impl LaneReceiver {
     async fn payload(&mut self, len: u32) -> Result<Bytes, LaneError> {
         let len = len as usize;
         self.buffer.clear();
-        // The same memory again where the payload before was dropped: fresh memory costs as much as the copy.
+        // The same memory again where the payload before was dropped: no page faults of fresh memory.
         self.buffer.reserve(len);
         while self.buffer.len() < len {
             let left = len - self.buffer.len();
