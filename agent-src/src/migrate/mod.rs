@@ -3,7 +3,7 @@
 //! Owns the guest, the ledger, the session and the handover machine, all in one task: there is no lock
 //! over any of it. The script is short (`drive`): connect, copy until it is time, cut over, and once more
 //! from the copy if the attempt was rolled back for a passing reason. The handover machine says what may be done
-//! to the guest and when; this module carries it out ([`act`]) and reports what came of it.
+//! to the guest and when; this module carries it out (`act`) and reports what came of it.
 //!
 //! ```text
 //! drive ── copy  (rounds, ledger, policy)         agent's own decisions

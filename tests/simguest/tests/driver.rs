@@ -307,11 +307,11 @@ async fn a_copy_that_does_not_fit_is_refused_by_name_and_leaves_nothing() {
     let text = error.to_string();
     assert!(matches!(error, GuestError::Incompatible(_)), "{error:?}");
     assert!(
-        text.contains("ram has 16777216 bytes there and 33554432 here"),
+        text.contains("ram is 16 MiB (16777216 bytes) at the source and 32 MiB (33554432 bytes) at the destination"),
         "{text}"
     );
     assert!(
-        text.contains("disk0 has 8388608 bytes there and 4194304 here"),
+        text.contains("disk0 is 8 MiB (8388608 bytes) at the source and 4 MiB (4194304 bytes) at the destination"),
         "{text}"
     );
     let left = Client::connect(&here.path("b.sock"));
