@@ -244,13 +244,26 @@ fn footprint(pid: u32) -> (Vec<String>, String, String) {
     (fds, maps, signals)
 }
 
+/// The footprint of a process that has come to rest: its first thread starts the one that plays the target, and the C
+/// library blocks all signals while a thread is made.
+fn footprint_at_rest(pid: u32) -> (Vec<String>, String, String) {
+    for _ in 0..1000 {
+        let now = footprint(pid);
+        if now.2.contains("SigBlk:\t0000000000000000") {
+            return now;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("the target never unblocked its signals");
+}
+
 #[test]
 fn attach_and_detach_leave_the_process_as_it_was() {
     for kind in ["anon", "memfd"] {
         let mut target = Target::start(kind);
         let mut oracle = vec![0; target::PAGES as usize];
         target.perform(Op::Write(1), &mut oracle);
-        let before = footprint(target.pid());
+        let before = footprint_at_rest(target.pid());
         for _ in 0..5 {
             let mut tracker = Tracker::attach(open(&target)).unwrap();
             tracker.take_written(0).unwrap();
