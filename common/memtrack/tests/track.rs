@@ -252,7 +252,7 @@ fn footprint_at_rest(pid: u32) -> (Vec<String>, String, String) {
         if now.2.contains("SigBlk:\t0000000000000000") {
             return now;
         }
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
     }
     panic!("the target never unblocked its signals");
 }
