@@ -1,6 +1,7 @@
 //! Hosts: each a folder with an identity, a state folder and guest files, on one machine.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use vmferry_certs::{CertificateAuthority, HostRequest, Validity};
 
 use super::process::{Finished, Running};
 use super::role::{Programs, Role};
+use crate::link::End;
 
 /// How long an agent may take to come up.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -31,6 +33,8 @@ pub struct Host {
     name: String,
     dir: PathBuf,
     programs: Programs,
+    /// Where its agents are; `None` for where we are.
+    end: Option<End>,
 }
 
 /// A destination agent that listens.
@@ -38,8 +42,18 @@ pub struct Host {
 pub struct Agent {
     /// Its process.
     pub process: Running,
-    /// Its UDP port on 127.0.0.1.
+    /// Its host's address.
+    pub address: Ipv4Addr,
+    /// Its UDP port there.
     pub port: u16,
+}
+
+impl Agent {
+    /// What `--to` says to reach it.
+    #[must_use]
+    pub fn to(&self) -> String {
+        format!("{}:{}", self.address, self.port)
+    }
 }
 
 impl Hosts {
@@ -74,13 +88,29 @@ impl Hosts {
     /// # Errors
     /// The disk.
     pub fn host(&self, name: &str) -> anyhow::Result<Host> {
+        self.add(name, None)
+    }
+
+    /// A new host whose agents are at one end of an emulated link.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn host_at(&self, name: &str, end: &End) -> anyhow::Result<Host> {
+        self.add(name, Some(end.clone()))
+    }
+
+    fn add(&self, name: &str, end: Option<End>) -> anyhow::Result<Host> {
         let dir = self.dir.path().join(name);
         for sub in ["guests", "logs", "hooks", "images"] {
             fs::create_dir_all(dir.join(sub))?;
         }
+        let mut addresses = vec!["127.0.0.1".parse()?, "localhost".parse()?];
+        if let Some(end) = &end {
+            addresses.push(end.address.to_string().parse()?);
+        }
         let request = HostRequest {
             name: name.to_owned(),
-            addresses: vec!["127.0.0.1".parse()?, "localhost".parse()?],
+            addresses,
             validity: Validity::days(90)?,
         };
         self.authority.issue(&request, &dir.join("identity"))?;
@@ -88,6 +118,7 @@ impl Hosts {
             name: name.to_owned(),
             dir,
             programs: self.programs.clone(),
+            end,
         })
     }
 }
@@ -107,6 +138,32 @@ impl Host {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its address.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.end
+            .as_ref()
+            .map_or(Ipv4Addr::LOCALHOST, |end| end.address)
+    }
+
+    /// Runs `work` where its agents are: what it starts is there too.
+    ///
+    /// # Errors
+    /// What `work` says.
+    pub fn run<T: Send>(
+        &self,
+        work: impl FnOnce() -> anyhow::Result<T> + Send,
+    ) -> anyhow::Result<T> {
+        match &self.end {
+            Some(end) => end.namespace.run(work),
+            None => work(),
+        }
+    }
+
+    fn start(&self, name: &str, command: Command) -> anyhow::Result<Running> {
+        self.run(|| Running::start(name, command, &self.path("logs")))
     }
 
     /// A path in its folder.
@@ -162,7 +219,7 @@ impl Host {
         command
             .arg("serve")
             .arg("--listen")
-            .arg(format!("127.0.0.1:{port}"));
+            .arg(format!("{}:{port}", self.address()));
         command.arg("--identity").arg(self.path("identity"));
         command.arg("--guests").arg(self.path("guests"));
         command
@@ -171,18 +228,23 @@ impl Host {
             .arg("--hooks")
             .arg(self.path("hooks"));
         command.args(more);
-        let mut process = Running::start("vmferry-dst", command, &self.path("logs"))?;
+        let mut process = self.start("vmferry-dst", command)?;
+        let mark = format!("{}:", self.address());
         let port = process.wait_for("listening", START_LIMIT, |out, _| {
-            let line = out.lines().find(|line| line.contains("127.0.0.1:"))?;
+            let line = out.lines().find(|line| line.contains(&mark))?;
             let digits: String = line
-                .split("127.0.0.1:")
+                .split(&mark)
                 .nth(1)?
                 .chars()
                 .take_while(char::is_ascii_digit)
                 .collect();
             digits.parse().ok()
         })?;
-        Ok(Agent { process, port })
+        Ok(Agent {
+            process,
+            address: self.address(),
+            port,
+        })
     }
 
     /// Starts `vmferry-src migrate GUEST.toml --to 127.0.0.1:port --json`.
@@ -203,11 +265,7 @@ impl Host {
         to: &str,
         more: &[&str],
     ) -> anyhow::Result<Running> {
-        Running::start(
-            "vmferry-src",
-            self.migrate_command(guest, to, more),
-            &self.path("logs"),
-        )
+        self.start("vmferry-src", self.migrate_command(guest, to, more))
     }
 
     fn migrate_command(&self, guest: &str, to: &str, more: &[&str]) -> Command {
@@ -267,6 +325,6 @@ impl Host {
             .arg("--state")
             .arg(self.path("state"))
             .args(more);
-        Running::start(verb, command, &self.path("logs"))?.wait(MIGRATE_LIMIT)
+        self.start(verb, command)?.wait(MIGRATE_LIMIT)
     }
 }
