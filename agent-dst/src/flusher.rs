@@ -28,6 +28,7 @@ pub(crate) async fn run(
 ) -> Result<(), GuestError> {
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => break,
             () = due(&board) => flush_once(&sink, &board).await?,
         }

@@ -5,9 +5,9 @@
 //! lane stands exactly at the number that the last `Final` named and every block of every region is accounted for.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use vmferry_common::lanes::IncomingStream;
 use vmferry_common::phase::Phase;
 use vmferry_proto::error::{ErrorCode, WireError};

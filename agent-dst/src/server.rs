@@ -104,6 +104,7 @@ impl Server {
         self.recover_all().await;
         loop {
             let incoming = tokio::select! {
+                biased;
                 () = self.stop.cancelled() => break,
                 incoming = self.endpoint.accept() => incoming,
             };

@@ -300,6 +300,7 @@ impl Session {
     pub(crate) async fn next(&mut self) -> SessionEvent {
         loop {
             let arrival = tokio::select! {
+                biased;
                 message = self.messages.recv() => return match message {
                     Ok(Some(message)) => match self.outgoing.heard(message) {
                         Ok(event) => SessionEvent::Message(Box::new(event)),
@@ -420,6 +421,7 @@ async fn report(board: Arc<Board>, meter: Arc<Meter>, outgoing: Outgoing, stop: 
         }
     };
     tokio::select! {
+        biased;
         () = stop.cancelled() => {}
         () = report_all => {}
     }

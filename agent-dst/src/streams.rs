@@ -58,6 +58,7 @@ pub(crate) fn spawn(
             }
         };
         tokio::select! {
+            biased;
             () = stop.cancelled() => {}
             () = accept_all => {}
         }

@@ -7,10 +7,11 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use vmferry_common::buffers::FrameBuffers;
 use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};

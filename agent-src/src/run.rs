@@ -5,9 +5,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use vmferry_common::endpoint::TransportTuning;
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::Identity;

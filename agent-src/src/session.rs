@@ -305,9 +305,7 @@ impl Session {
         loop {
             let until = broken.as_ref().map(|(_, until)| *until);
             tokio::select! {
-                message = receiver.recv() => return said(message),
-                () = any_closed(further) => return Err(LinkError::Closed),
-                () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
+                biased;
                 // The sending half is in the session, so there is always another one to wait for.
                 Some(LaneFailed { error, .. }) = failed.recv() => {
                     if error.is_guest() {
@@ -316,6 +314,10 @@ impl Session {
                     broken.get_or_insert((error, Instant::now() + LAST_WORDS));
                     continue;
                 }
+                // Before what ends the session: it may be the peer's last words.
+                message = receiver.recv() => return said(message),
+                () = any_closed(further) => return Err(LinkError::Closed),
+                () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
             }
             if let Some((error, _)) = broken.take() {
                 return Err(LinkError::Lane(error));

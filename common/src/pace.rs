@@ -93,6 +93,7 @@ impl Pacer {
                 Err(wait) => wait,
             };
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(wait) => {}
                 () = changed => {}
             }

@@ -6,8 +6,8 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
 
+use tokio::time::Instant;
 use vmferry_common::phase::{Ending, Phase};
 use vmferry_hypervisor::open::TargetOptions;
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -169,7 +169,7 @@ impl Migration {
         session.close(Some(error));
         self.tracker.failed(error.to_string());
         self.tracker.disconnected();
-        self.keep_until = Some(tokio::time::Instant::now() + self.host.keep);
+        self.keep_until = Some(Instant::now() + self.host.keep);
         Some(DestinationEvent::ConnectionLost)
     }
 
@@ -299,7 +299,7 @@ impl Migration {
         self.lock = None;
         self.over = true;
         // The source parts when it has read the outcome; one that never does is not waited for.
-        self.keep_until = Some(tokio::time::Instant::now() + LINGER);
+        self.keep_until = Some(Instant::now() + LINGER);
     }
 
     /// Takes the next piece of work, if nothing is being done.

@@ -4,6 +4,7 @@
 //! is due, or belongs to the script of the attempt that is open. Whatever the peer does wrong ends the session with one
 //! coded error and, while that is still possible, the migration at this side.
 
+use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{DestinationEvent, admit};
@@ -62,7 +63,7 @@ impl Migration {
         tracing::info!(guest = %opening.hello.guest, peer = %opening.peer, session = session.0, "session opened");
         self.tracker.connected(session.0);
         self.session = Some(Session::new(opening));
-        self.keep_until = self.over.then(|| tokio::time::Instant::now() + LINGER);
+        self.keep_until = self.over.then(|| Instant::now() + LINGER);
         if std::mem::replace(&mut self.phase_hooks.negotiate, true) {
             self.feed(DestinationEvent::SessionOpened { session }).await;
         } else {
@@ -184,7 +185,7 @@ impl Migration {
             return self.prepare_attempt(*attempt).await;
         }
         if let DestinationEvent::Commit(_) = &event {
-            self.commit_began = Some(std::time::Instant::now());
+            self.commit_began = Some(Instant::now());
         }
         if let DestinationEvent::Abort { reason, .. } | DestinationEvent::Cancel { reason } = &event
         {
@@ -322,7 +323,7 @@ impl Migration {
         }
         session.close(last_word);
         self.tracker.disconnected();
-        self.keep_until = Some(tokio::time::Instant::now() + self.host.keep);
+        self.keep_until = Some(Instant::now() + self.host.keep);
         self.feed(DestinationEvent::ConnectionLost).await;
     }
 
@@ -333,7 +334,7 @@ impl Migration {
     }
 
     pub(super) fn retry_later(&mut self) {
-        self.retry_at = Some(tokio::time::Instant::now() + RETRY_AFTER);
+        self.retry_at = Some(Instant::now() + RETRY_AFTER);
     }
 
     /// Asks the hooks of `phase`, if there are any, and goes on with `then`; behind those of earlier phases, which may still refuse.

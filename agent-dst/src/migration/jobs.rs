@@ -5,8 +5,8 @@
 //! agent itself; only hooks are, which never have the guest in hand.
 
 use std::sync::Arc;
-use std::time::Instant;
 
+use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_hypervisor::launch::Watched;

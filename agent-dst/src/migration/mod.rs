@@ -108,7 +108,7 @@ struct Migration {
     asking: Option<Then>,
     /// The migration was cancelled or given up: no attempt is opened any more.
     ending: bool,
-    commit_began: Option<std::time::Instant>,
+    commit_began: Option<Instant>,
     keep_until: Option<Instant>,
     retry_at: Option<Instant>,
     phase_hooks: PhasesAsked,

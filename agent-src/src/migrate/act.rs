@@ -4,8 +4,9 @@
 //! is added, and a failure becomes the event that the machine expects, so that what may be done to the guest after a
 //! failure is the machine's to say (`[HAND-8]`).
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_proto::handover::{
     RunPermit, SourceAction, SourceEnd, SourceEvent, SourceRecord, SourceReport, Timer, back_off,
@@ -126,6 +127,8 @@ impl Migration {
         let mut dialing = Box::pin(async move { dialer.dial(number).await });
         loop {
             let input = tokio::select! {
+                biased;
+                input = self.input() => input,
                 dialed = &mut dialing => match dialed {
                     Ok(session) => {
                         let register = session.register();
@@ -138,7 +141,6 @@ impl Migration {
                         return Some(SourceEvent::ConnectionLost { reason });
                     }
                 },
-                input = self.input() => input,
             };
             if let Some(event) = self.while_dialing(input) {
                 let reason = MigrateError::Cancelled("a request while connecting").to_wire();

@@ -5,8 +5,9 @@
 //! before the read; one that starts later marks its block again. Marks that were taken are in the ledger before
 //! anything is read, so a failed attempt loses none. When to stop is `policy`'s to say.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::Settlement;
 use vmferry_proto::geometry::BLOCK_SIZE;
@@ -190,8 +191,10 @@ impl Migration {
                 .ok_or(NoSession)?
                 .moved();
             let input = tokio::select! {
-                () = moved.notified() => continue,
+                // Lanes move all the time; what comes in does not, and is not to wait for them to rest.
+                biased;
                 input = self.input() => input,
+                () = moved.notified() => continue,
             };
             on_input(self, input)?;
         }

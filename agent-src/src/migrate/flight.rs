@@ -4,9 +4,8 @@
 //! device state. Nothing that could be done before the pause is done here. Any failure is an event for the
 //! handover machine; none of it touches the guest.
 
-use std::time::Instant;
-
 use bytes::Bytes;
+use tokio::time::Instant;
 use vmferry_common::digest;
 use vmferry_common::phase::Phase;
 use vmferry_proto::handover::SourceEvent;

@@ -4,9 +4,9 @@
 //! interrupts it, during a handover an event for the machine. Waiting is cancel safe, so the copy can wait
 //! for a lane and for everything else at once.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::time::sleep_until;
+use tokio::time::{Instant, sleep_until};
 use vmferry_hypervisor::GuestLife;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{SourceEvent, Timer};
@@ -68,7 +68,7 @@ impl Timers {
         else {
             return std::future::pending().await;
         };
-        sleep_until(at.into()).await;
+        sleep_until(at).await;
         self.running.remove(index);
         timer
     }
@@ -97,12 +97,14 @@ impl Migration {
                 ..
             } = self;
             let ready = tokio::select! {
-                message = Session::next(session.as_mut()) => Ready::Link(message),
+                // What is rare goes first: the peer may have something to say at any time.
+                biased;
                 command = commands.recv() => Ready::Command(command),
                 _ = life.changed() => Ready::Life,
                 timer = timers.next() => Ready::Timer(timer),
-                () = sleep_until(deadline.into()) => Ready::Deadline,
+                () = sleep_until(deadline) => Ready::Deadline,
                 _ = ticker.tick() => Ready::Tick,
+                message = Session::next(session.as_mut()) => Ready::Link(message),
             };
             if let Some(input) = self.interpret(ready) {
                 return input;

@@ -3,8 +3,9 @@
 //! Owns when a session is wanted and what is said until the lanes are open. The guest is not touched by any of
 //! it: while the link is down in pre-copy it runs on and dirties, and its marks wait.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vmferry_proto::error::WireError;
 use vmferry_proto::handover::SourceEvent;
 use vmferry_proto::message::{Ready, ToSource};

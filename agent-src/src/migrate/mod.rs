@@ -23,10 +23,10 @@ mod verify;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Interval, MissedTickBehavior};
+use tokio::time::{Instant, Interval, MissedTickBehavior};
 use vmferry_common::hooks::Hooks;
 use vmferry_common::journal::RecordFile;
 use vmferry_common::local::Events;

@@ -110,6 +110,7 @@ impl Migration {
         tokio::pin!(running);
         loop {
             let input = tokio::select! {
+                biased;
                 ran = &mut running => {
                     let report = ran.map_err(MigrateError::Hook)?;
                     self.stats.on_hooks(report.total());

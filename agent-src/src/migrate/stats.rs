@@ -2,8 +2,9 @@
 //!
 //! Owns the clocks' readings; decides nothing. Measured costs feed the policy's prediction of the next attempt.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::time::Instant;
 use vmferry_common::units::Rate;
 use vmferry_proto::message::PrepareTiming;
 use vmferry_proto::spec::{GuestSpec, RegionKind};

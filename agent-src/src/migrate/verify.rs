@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use vmferry_common::digest::WindowHasher;
 use vmferry_hypervisor::RegionReader;
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -191,7 +192,7 @@ impl Migration {
 }
 
 /// A start that differs from migration to migration without a random number generator in the hot path.
-fn sample_start(began: std::time::Instant, region: u16) -> u32 {
+fn sample_start(began: Instant, region: u16) -> u32 {
     began.elapsed().subsec_nanos() ^ u32::from(region).wrapping_mul(0x9e37_79b9)
 }
 
