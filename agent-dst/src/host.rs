@@ -1,9 +1,12 @@
 //! What all migrations of one agent share and none changes.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vmferry_common::hooks::Hooks;
+use vmferry_common::state::{StateDir, StateError};
+use vmferry_hypervisor::open::Hypervisors;
 use vmferry_proto::ids::RegisterId;
 
 use crate::config::GuestFiles;
@@ -11,7 +14,7 @@ use crate::store::Store;
 
 /// This host, as the migrations see it.
 #[derive(Debug)]
-pub(crate) struct Host {
+pub struct Host {
     /// The guests that may arrive.
     pub(crate) guests: GuestFiles,
     /// The journal.
@@ -24,4 +27,31 @@ pub(crate) struct Host {
     pub(crate) keep: Duration,
     /// Folder under which each guest has one for its logs and sockets.
     pub(crate) run_dir: PathBuf,
+    /// The hypervisors that guests arrive in.
+    pub(crate) hypervisors: Arc<dyn Hypervisors>,
+}
+
+impl Host {
+    /// A host whose journal is in `state`.
+    ///
+    /// # Errors
+    /// The folder has no register id and cannot be given one.
+    pub fn new(
+        state: StateDir,
+        guests: GuestFiles,
+        hooks: Hooks,
+        keep: Duration,
+        run_dir: PathBuf,
+        hypervisors: Arc<dyn Hypervisors>,
+    ) -> Result<Self, StateError> {
+        Ok(Self {
+            register: state.register()?,
+            store: Store::new(state),
+            guests,
+            hooks,
+            keep,
+            run_dir,
+            hypervisors,
+        })
+    }
 }

@@ -45,5 +45,6 @@ mod streams;
 mod verify;
 
 pub use error::chain;
+pub use host::Host;
 pub use server::Server;
 pub use status::{LaneStatus, MigrationStatus};

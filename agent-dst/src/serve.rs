@@ -13,11 +13,12 @@ use async_trait::async_trait;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use vmferry_common::endpoint::EndpointError;
+use vmferry_common::endpoint::{self, EndpointError, TransportTuning};
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::{Identity, IdentityError};
 use vmferry_common::local::{Caller, CommandError, Commands, Events, LocalError, LocalServer};
 use vmferry_common::state::{StateDir, StateError, run_dir};
+use vmferry_hypervisor::open::Drivers;
 use vmferry_proto::ids::GuestName;
 
 use crate::cli::ServeArgs;
@@ -25,7 +26,6 @@ use crate::config::{ConfigError, GuestFiles};
 use crate::host::Host;
 use crate::server::Server;
 use crate::status::MigrationStatus;
-use crate::store::Store;
 
 /// Control socket within the run folder.
 const SOCKET: &str = "dst.sock";
@@ -93,18 +93,14 @@ impl Agent {
         let known = guests.load()?;
         let identity = Identity::load(&args.identity)?;
         let state = StateDir::open(&args.state)?;
-        let register = state.register()?;
         let run_dir = run_dir(&args.state);
         let socket = LocalServer::bind(&run_dir.join(SOCKET))?;
-        let host = Host {
-            guests,
-            store: Store::new(state),
-            register,
-            hooks: Hooks::new(Some(args.hooks.clone()), HOOK_TIME),
-            keep: args.keep,
-            run_dir,
-        };
-        let server = Server::bind(host, args.listen, &identity)?;
+        let hooks = Hooks::new(Some(args.hooks.clone()), HOOK_TIME);
+        let host = Host::new(state, guests, hooks, args.keep, run_dir, Arc::new(Drivers))?;
+        let register = host.register;
+        let tuning = TransportTuning::default();
+        let endpoint = endpoint::bind_server(args.listen, &identity, &tuning)?;
+        let server = Server::new(host, endpoint, tuning);
         let address = server.address().map_err(|source| ServeError::System {
             what: "find out the address that is listened on",
             source,

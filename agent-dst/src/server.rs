@@ -13,8 +13,8 @@ use tokio::sync::{Mutex, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vmferry_common::control;
-use vmferry_common::endpoint::{self, EndpointError, TransportTuning};
-use vmferry_common::identity::{Identity, PeerName};
+use vmferry_common::endpoint::{self, TransportTuning};
+use vmferry_common::identity::PeerName;
 use vmferry_common::state::GuestLock;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -67,21 +67,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on `listen`. Nothing is accepted before [`run`](Self::run).
-    pub(crate) fn bind(
-        host: Host,
-        listen: SocketAddr,
-        identity: &Identity,
-    ) -> Result<Self, EndpointError> {
-        let tuning = TransportTuning::default();
-        Ok(Self {
+    /// Serves `host` on `endpoint`, which listens. Nothing is accepted before [`run`](Self::run).
+    #[must_use]
+    pub fn new(host: Host, endpoint: Endpoint, tuning: TransportTuning) -> Self {
+        Self {
             host: Arc::new(host),
-            endpoint: endpoint::bind_server(listen, identity, &tuning)?,
+            endpoint,
             tuning,
             slots: std::sync::Mutex::default(),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
-        })
+        }
     }
 
     /// Where it listens.
@@ -331,7 +327,7 @@ impl Server {
             .store
             .read_destination(guest)
             .map_err(|error| chain(&error))?;
-        let Some(record) = record.filter(needs_work) else {
+        let Some(record) = record.filter(|record| self.needs_work(record)) else {
             return Ok(None);
         };
         let config = match self.host.guests.find(guest) {
@@ -344,6 +340,23 @@ impl Server {
         let lock = self.host.store.lock(guest).map_err(|error| chain(&error))?;
         tracing::info!(%guest, state = record.state.name(), "going on from the journal");
         Ok(Some(self.resume(record, config, lock, false)))
+    }
+
+    /// Whether an agent that starts has something to do for this record.
+    fn needs_work(&self, record: &DestinationRecord) -> bool {
+        use vmferry_proto::handover::DestinationState as State;
+        let lives = |process| {
+            let process = crate::process::identity(process);
+            self.host.hypervisors.is_alive(&process)
+        };
+        match &record.state {
+            State::Owned { started, .. } => !started,
+            State::Ended { .. } => record.process.as_ref().is_some_and(lives),
+            State::Receiving
+            | State::Opened { .. }
+            | State::Aborted { .. }
+            | State::Relinquished { .. } => true,
+        }
     }
 
     /// Ends every migration that can be ended, waits for all, and closes the endpoint.
@@ -426,24 +439,6 @@ fn log_join(joined: Result<(), tokio::task::JoinError>) {
     if let Err(error) = joined {
         tracing::error!(%error, "a migration's task ended badly");
     }
-}
-
-/// Whether an agent that starts has something to do for this record.
-fn needs_work(record: &DestinationRecord) -> bool {
-    use vmferry_proto::handover::DestinationState as State;
-    match &record.state {
-        State::Owned { started, .. } => !started,
-        State::Ended { .. } => record.process.as_ref().is_some_and(is_alive),
-        State::Receiving
-        | State::Opened { .. }
-        | State::Aborted { .. }
-        | State::Relinquished { .. } => true,
-    }
-}
-
-fn is_alive(process: &ProcessRecord) -> bool {
-    // What cannot be told is looked at again when it is to be ended.
-    crate::process::identity(process).is_alive().unwrap_or(true)
 }
 
 /// Reads the first message, which must be `Hello`.

@@ -62,16 +62,8 @@ impl Store {
     /// Makes `record` the durable one of its guest.
     pub(crate) async fn write(&self, record: DestinationRecord) -> Result<(), WriteFailed> {
         let file = self.destination_file(&record.guest);
-        let written = tokio::task::spawn_blocking(move || file.write(&record)).await;
-        match written {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(WriteFailed::from(&error)),
-            // How far it came is not known, so it counts as visible.
-            Err(error) => Err(WriteFailed {
-                visible: true,
-                reason: journal(error.to_string()),
-            }),
-        }
+        let written = file.write_aside(record).await;
+        written.map_err(|error| WriteFailed::from(&error))
     }
 
     /// Guests that the destination has a record of.

@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use vmferry_common::endpoint::TransportTuning;
+use vmferry_common::endpoint::{Connector, TransportTuning, Udp};
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::Identity;
-use vmferry_common::journal::RecordFile;
 use vmferry_common::local::Events;
 use vmferry_common::ownership;
 use vmferry_common::phase::{Ending, Phase};
@@ -84,14 +83,30 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Everything that must be held while a guest is worked on.
-struct Desk {
-    guest: Box<dyn SourceGuest>,
-    journal: RecordFile<SourceRecord>,
-    found: Option<SourceRecord>,
-    state: StateDir,
-    _lock: GuestLock,
-    socket: local::Server,
-    commands: mpsc::Receiver<Command>,
+#[derive(Debug)]
+pub struct Desk {
+    /// The guest, attached.
+    pub guest: Box<dyn SourceGuest>,
+    /// Where its journal is.
+    pub state: StateDir,
+    /// The right to work on it.
+    pub lock: GuestLock,
+    /// What the destination is reached by.
+    pub connector: Arc<dyn Connector>,
+    /// What people at other terminals want.
+    pub commands: mpsc::Receiver<Command>,
+    /// Those who listen.
+    pub events: Events,
+    /// When the program began.
+    pub began: Instant,
+}
+
+impl Desk {
+    fn found(&self, name: &GuestName) -> Result<Option<SourceRecord>, NotBegun> {
+        ownership::source_file(&self.state, name)
+            .read()
+            .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))
+    }
 }
 
 /// Moves a guest.
@@ -101,19 +116,23 @@ struct Desk {
 pub async fn migrate(options: MigrateOptions, progress: Progress) -> Result<Report, NotBegun> {
     let began = Instant::now();
     let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
-    let desk = sit_down(&options).await?;
+    let (desk, _socket) = sit_down(&options, began).await?;
+    migrate_at(desk, options, Arc::new(identity), progress).await
+}
+
+/// [`migrate`], at a desk where everything is there.
+///
+/// # Errors
+/// [`NotBegun`] before anything was done to the guest.
+pub async fn migrate_at(
+    desk: Desk,
+    options: MigrateOptions,
+    identity: Arc<Identity>,
+    progress: Progress,
+) -> Result<Report, NotBegun> {
+    let machine = machine(&options, &desk)?;
     remember(&options, &desk)?;
-    let (handover, actions) = machine(&options, &desk)?;
-    run(
-        options,
-        identity,
-        desk,
-        (handover, actions),
-        progress,
-        began,
-        false,
-    )
-    .await
+    run(options, identity, desk, machine, progress, false).await
 }
 
 /// The operator's word that the destination host cannot run the guest nor write to its disks (`[HAND-9]`).
@@ -132,33 +151,40 @@ pub async fn recover(
     progress: Progress,
 ) -> Result<Report, NotBegun> {
     let began = Instant::now();
-    let options = saved_options(state, name, identity)?;
+    let dir = StateDir::existing(state).map_err(|error| NotBegun::usage(&error))?;
+    let options = saved_options(&dir, name, identity)?;
     let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
-    let desk = sit_down(&options).await?;
-    let Some(found) = desk.found.clone() else {
-        return Err(nothing_to_recover(state, name));
+    let (desk, _socket) = sit_down(&options, began).await?;
+    recover_at(desk, options, Arc::new(identity), fenced, progress).await
+}
+
+/// [`recover`], at a desk where everything is there, with the options of [`saved_options`].
+///
+/// # Errors
+/// [`NotBegun`] before anything was done.
+pub async fn recover_at(
+    desk: Desk,
+    options: MigrateOptions,
+    identity: Arc<Identity>,
+    fenced: Option<DestinationIsFenced>,
+    progress: Progress,
+) -> Result<Report, NotBegun> {
+    let name = &options.guest.name;
+    let Some(found) = desk.found(name)? else {
+        return Err(nothing_to_recover(&desk.state, name));
     };
     let (mut handover, mut actions) = SourceHandover::recover(found);
     if fenced.is_some() {
         let word = handover.handle(SourceEvent::ResolveDestinationFenced);
         actions.extend(word.map_err(|error| NotBegun::usage(&error))?);
     }
-    run(
-        options,
-        identity,
-        desk,
-        (handover, actions),
-        progress,
-        began,
-        true,
-    )
-    .await
+    run(options, identity, desk, (handover, actions), progress, true).await
 }
 
-fn nothing_to_recover(state: &Path, name: &GuestName) -> NotBegun {
+fn nothing_to_recover(state: &StateDir, name: &GuestName) -> NotBegun {
     let detail = format!(
         "no migration of {name} is recorded in {}: nothing to recover",
-        state.display()
+        state.path().display()
     );
     NotBegun {
         usage: true,
@@ -167,17 +193,19 @@ fn nothing_to_recover(state: &Path, name: &GuestName) -> NotBegun {
 }
 
 /// The options of the migration that the journal tells of.
-fn saved_options(
-    state: &Path,
+///
+/// # Errors
+/// [`NotBegun`] where the journal cannot be read or tells of none.
+pub fn saved_options(
+    state: &StateDir,
     name: &GuestName,
     identity: Option<PathBuf>,
 ) -> Result<MigrateOptions, NotBegun> {
     let journal = |error: &dyn std::error::Error| NotBegun::failed(ErrorCode::Journal, error);
-    let dir = StateDir::existing(state).map_err(|error| NotBegun::usage(&error))?;
-    let record = ownership::source_file(&dir, name)
+    let record = ownership::source_file(state, name)
         .read()
         .map_err(|error| journal(&error))?;
-    let saved = saved::file(&dir, name)
+    let saved = saved::file(state, name)
         .read()
         .map_err(|error| journal(&error))?;
     let (Some(record), Some(saved)) = (record, saved) else {
@@ -193,7 +221,7 @@ fn saved_options(
         saved.guest,
         to,
         identity,
-        state.to_owned(),
+        state.path().to_owned(),
         saved.hooks,
     ))
 }
@@ -210,16 +238,16 @@ fn remember(options: &MigrateOptions, desk: &Desk) -> Result<(), NotBegun> {
         .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))
 }
 
-async fn sit_down(options: &MigrateOptions) -> Result<Desk, NotBegun> {
+/// The desk, and the control socket while it is held.
+async fn sit_down(
+    options: &MigrateOptions,
+    began: Instant,
+) -> Result<(Desk, local::Server), NotBegun> {
     let name = &options.guest.name;
     let state = StateDir::open(&options.state).map_err(|error| NotBegun::usage(&error))?;
     let lock = state
         .lock(name)
         .map_err(|error| NotBegun::failed(ErrorCode::GuestBusy, &error))?;
-    let journal = ownership::source_file(&state, name);
-    let found = journal
-        .read()
-        .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
     let (sender, commands) = mpsc::channel(local::QUEUE);
     local::forward_signals(sender.clone())
         .map_err(|error| NotBegun::failed(ErrorCode::Internal, &error))?;
@@ -231,15 +259,16 @@ async fn sit_down(options: &MigrateOptions) -> Result<Desk, NotBegun> {
             usage: false,
             error: MigrateError::Guest(error).to_wire(),
         })?;
-    Ok(Desk {
+    let desk = Desk {
         guest,
-        journal,
-        found,
         state,
-        _lock: lock,
-        socket,
+        lock,
+        connector: Arc::new(Udp),
         commands,
-    })
+        events: socket.events(),
+        began,
+    };
+    Ok((desk, socket))
 }
 
 /// The handover machine: of what the journal left unfinished, else a new one.
@@ -247,8 +276,8 @@ fn machine(
     options: &MigrateOptions,
     desk: &Desk,
 ) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
-    match &desk.found {
-        Some(found) if is_unfinished(found, options) => Ok(SourceHandover::recover(found.clone())),
+    match desk.found(&options.guest.name)? {
+        Some(found) if is_unfinished(&found, options) => Ok(SourceHandover::recover(found)),
         Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
     }
 }
@@ -291,17 +320,26 @@ fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun>
 
 async fn run(
     options: MigrateOptions,
-    identity: Identity,
+    identity: Arc<Identity>,
     desk: Desk,
     (handover, actions): (SourceHandover, Vec<SourceAction>),
     progress: Progress,
-    began: Instant,
     only_recover: bool,
 ) -> Result<Report, NotBegun> {
+    let Desk {
+        guest,
+        state,
+        lock: _lock,
+        connector,
+        commands,
+        events,
+        began,
+    } = desk;
     let record = handover.record();
     let dialer = Dialer {
+        connector,
         to: options.to.clone(),
-        identity: Arc::new(identity),
+        identity,
         tuning: TransportTuning::default(),
         guest: record.guest.clone(),
         migration: record.migration,
@@ -309,18 +347,17 @@ async fn run(
         lanes: options.lanes,
         connections: options.connections,
     };
-    let before = state_before(&record, desk.guest.spec().run_state);
+    let before = state_before(&record, guest.spec().run_state);
     let hooks = Hooks::new(Some(options.hooks.clone()), HOOK_LIMIT);
-    let events = desk.socket.events();
     let parts = Parts {
         hooks: hooks.clone(),
         events: events.clone(),
         options: options.clone(),
-        guest: desk.guest,
+        guest,
         dialer,
         handover,
-        journal: desk.journal,
-        commands: desk.commands,
+        journal: ownership::source_file(&state, &record.guest),
+        commands,
         progress,
         began,
         only_recover,

@@ -13,7 +13,7 @@ use quinn::{Connection, Endpoint};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use vmferry_common::control::{self, ControlError, ControlReceiver, ControlSender};
-use vmferry_common::endpoint::{self, HostPort, TransportTuning};
+use vmferry_common::endpoint::{Connector, HostPort, TransportTuning};
 use vmferry_common::identity::Identity;
 use vmferry_common::lanes::{LaneSender, send_device_state};
 use vmferry_common::link::LinkError as QuicLinkError;
@@ -35,6 +35,8 @@ use crate::lanes::{LaneCounters, LaneError, LaneFailed, Lanes};
 /// What every session of a migration has in common.
 #[derive(Debug, Clone)]
 pub struct Dialer {
+    /// What carries the connections.
+    pub connector: Arc<dyn Connector>,
     /// The destination.
     pub to: HostPort,
     /// Who this host is.
@@ -130,7 +132,9 @@ impl Dialer {
         number: SessionNumber,
         position: u8,
     ) -> Result<(Link, Welcome), MigrateError> {
-        let (endpoint, connection) = endpoint::connect(&self.to, &self.identity, &self.tuning)
+        let (endpoint, connection) = self
+            .connector
+            .connect(&self.to, &self.identity, &self.tuning)
             .await
             .map_err(MigrateError::Connect)?;
         let greeting = self.greet(&connection, number, position);

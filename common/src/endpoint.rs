@@ -10,6 +10,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     ClientConfig, Connection, Endpoint, EndpointConfig, Incoming, MtuDiscoveryConfig, ServerConfig,
@@ -310,6 +311,34 @@ fn endpoint(socket: std::net::UdpSocket, server: Option<ServerConfig>) -> io::Re
 fn tell_shortage(shortage: Option<BufferShortage>) {
     if let Some(shortage) = shortage {
         tracing::warn!("{shortage}");
+    }
+}
+
+/// What carries connections to a destination: the network of this host, or whatever stands for it.
+#[async_trait]
+pub trait Connector: Send + Sync + fmt::Debug {
+    /// Connects to `to`. Cancel safe: a dropped call leaves nothing behind.
+    async fn connect(
+        &self,
+        to: &HostPort,
+        identity: &Identity,
+        tuning: &TransportTuning,
+    ) -> Result<(Endpoint, Connection), ConnectError>;
+}
+
+/// UDP sockets of this host.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Udp;
+
+#[async_trait]
+impl Connector for Udp {
+    async fn connect(
+        &self,
+        to: &HostPort,
+        identity: &Identity,
+        tuning: &TransportTuning,
+    ) -> Result<(Endpoint, Connection), ConnectError> {
+        connect(to, identity, tuning).await
     }
 }
 

@@ -5,16 +5,17 @@
 //! Invariant: a reader gets the last record written or an error that names the file, never a guess. A write that
 //! fails says whether the new record may be there all the same: from the rename on it may.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::marker::PhantomData;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmferry_proto::layout::{self, LayoutError};
 use xxhash_rust::xxh3::xxh3_64;
+
+use crate::storage::{Files, Storage};
 
 /// What a record file begins with.
 const MAGIC: [u8; 8] = *b"vmferryJ";
@@ -88,6 +89,7 @@ pub enum JournalReadError {
 /// One record file.
 #[derive(Debug)]
 pub struct RecordFile<T> {
+    storage: Arc<dyn Storage>,
     path: PathBuf,
     version: u32,
     holds: PhantomData<fn(T) -> T>,
@@ -96,6 +98,7 @@ pub struct RecordFile<T> {
 impl<T> Clone for RecordFile<T> {
     fn clone(&self) -> Self {
         Self {
+            storage: self.storage.clone(),
             path: self.path.clone(),
             version: self.version,
             holds: PhantomData,
@@ -104,11 +107,18 @@ impl<T> Clone for RecordFile<T> {
 }
 
 impl<T: Serialize + DeserializeOwned> RecordFile<T> {
-    /// The record in `path`; `version` is that of `T`'s layout and must change whenever `T` does.
+    /// The record in the file `path`; `version` is that of `T`'s layout and must change whenever `T` does.
     /// One writer at a time, which the guest's lock sees to.
     #[must_use]
-    pub const fn new(path: PathBuf, version: u32) -> Self {
+    pub fn new(path: PathBuf, version: u32) -> Self {
+        Self::on(Arc::new(Files), path, version)
+    }
+
+    /// As [`new`](Self::new), in `storage`.
+    #[must_use]
+    pub fn on(storage: Arc<dyn Storage>, path: PathBuf, version: u32) -> Self {
         Self {
+            storage,
             path,
             version,
             holds: PhantomData,
@@ -129,6 +139,20 @@ impl<T: Serialize + DeserializeOwned> RecordFile<T> {
         self.write_bytes(&bytes)
     }
 
+    /// [`write`](Self::write) off the threads of the runtime, since a disk may take long.
+    pub async fn write_aside(&self, record: T) -> Result<(), JournalError>
+    where
+        T: Send + 'static,
+    {
+        if !self.storage.blocks() {
+            return self.write(&record);
+        }
+        let file = self.clone();
+        let written = tokio::task::spawn_blocking(move || file.write(&record)).await;
+        // The writer panicked: nobody knows how far it came, so a restart may find the record.
+        written.unwrap_or_else(|panic| Err(self.failed(true, "write", io::Error::other(panic))))
+    }
+
     fn encode(&self, record: &T) -> Result<Vec<u8>, LayoutError> {
         let value = layout::encode(record)?;
         let len =
@@ -144,22 +168,23 @@ impl<T: Serialize + DeserializeOwned> RecordFile<T> {
 
     fn write_bytes(&self, bytes: &[u8]) -> Result<(), JournalError> {
         let temporary = self.temporary();
-        let prepared = write_temporary(&temporary, bytes);
+        let prepared = self.write_temporary(&temporary, bytes);
         if let Err((step, source)) = prepared {
             // What is left of it is of no use; the next write would truncate it anyway.
-            drop(fs::remove_file(&temporary));
+            drop(self.storage.remove(&temporary));
             return Err(self.failed(false, step, source));
         }
         // An error of rename itself may come after the change was made (a network file system): it counts as made.
-        fs::rename(&temporary, &self.path)
+        self.storage
+            .rename(&temporary, &self.path)
             .map_err(|source| self.failed(true, "rename the new record to", source))?;
-        sync_folder(&self.path)
+        self.sync_folder()
             .map_err(|source| self.failed(true, "make durable the folder of", source))
     }
 
     /// The record; `None` where there is none.
     pub fn read(&self) -> Result<Option<T>, JournalReadError> {
-        let bytes = match fs::read(&self.path) {
+        let bytes = match self.storage.read(&self.path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => {
@@ -219,13 +244,33 @@ impl<T: Serialize + DeserializeOwned> RecordFile<T> {
 
     /// Removes the record, durably. No record is no error.
     pub fn remove(&self) -> Result<(), JournalError> {
-        match fs::remove_file(&self.path) {
+        match self.storage.remove(&self.path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(source) => return Err(self.failed(false, "remove", source)),
         }
-        sync_folder(&self.path)
+        self.sync_folder()
             .map_err(|source| self.failed(true, "make durable the folder of", source))
+    }
+
+    fn write_temporary(&self, path: &Path, bytes: &[u8]) -> Result<(), (&'static str, io::Error)> {
+        let mut file = self
+            .storage
+            .create(path)
+            .map_err(|error| ("create the new record beside", error))?;
+        file.write_all(bytes)
+            .map_err(|error| ("write the new record beside", error))?;
+        file.sync()
+            .map_err(|error| ("make durable the new record beside", error))
+    }
+
+    /// A rename is durable only with its folder.
+    fn sync_folder(&self) -> io::Result<()> {
+        let folder = self
+            .path
+            .parent()
+            .filter(|path| !path.as_os_str().is_empty());
+        self.storage.sync_folder(folder.unwrap_or(Path::new(".")))
     }
 
     fn temporary(&self) -> PathBuf {
@@ -249,29 +294,10 @@ fn checksum(version: u32, value: &[u8]) -> u64 {
     xxh3_64(value) ^ u64::from(version).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-fn write_temporary(path: &Path, bytes: &[u8]) -> Result<(), (&'static str, io::Error)> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(|error| ("create the new record beside", error))?;
-    file.write_all(bytes)
-        .map_err(|error| ("write the new record beside", error))?;
-    file.sync_all()
-        .map_err(|error| ("make durable the new record beside", error))
-}
-
-/// A rename is durable only with its folder.
-pub(crate) fn sync_folder(file: &Path) -> io::Result<()> {
-    let folder = file.parent().filter(|path| !path.as_os_str().is_empty());
-    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 

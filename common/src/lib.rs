@@ -22,5 +22,6 @@ pub mod phase;
 pub mod process;
 mod socket;
 pub mod state;
+pub mod storage;
 pub mod telemetry;
 pub mod units;

@@ -4,17 +4,16 @@
 //! the register id is drawn once and never changes while the folder lives, and one process at a time holds a
 //! guest's name on a host.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use vmferry_proto::ids::{GuestName, Incarnation, MigrationId, RegisterId};
 
 use crate::journal::{JournalError, JournalReadError, RecordFile};
+use crate::storage::{Files, Held, Locked, Patience, Storage};
 
 /// Version of the register id's file.
 const REGISTER_VERSION: u32 = 1;
@@ -69,28 +68,31 @@ pub enum LockError {
 /// An agent's state folder.
 #[derive(Debug, Clone)]
 pub struct StateDir {
+    storage: Arc<dyn Storage>,
     path: PathBuf,
 }
 
 impl StateDir {
     /// The folder, made with mode 0700 where it is missing.
     pub fn open(path: &Path) -> Result<Self, StateError> {
+        Self::open_on(Arc::new(Files), path)
+    }
+
+    /// As [`open`](Self::open), in `storage`.
+    pub fn open_on(storage: Arc<dyn Storage>, path: &Path) -> Result<Self, StateError> {
         let make = |path: &Path| {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(path)
-                .map_err(|source| StateError::Io {
-                    action: "create the state folder",
-                    path: path.to_owned(),
-                    source,
-                })
+            storage.make_folder(path).map_err(|source| StateError::Io {
+                action: "create the state folder",
+                path: path.to_owned(),
+                source,
+            })
         };
         make(path)?;
         for sub in ["guests", "locks"] {
             make(&path.join(sub))?;
         }
         Ok(Self {
+            storage,
             path: path.to_owned(),
         })
     }
@@ -102,8 +104,10 @@ impl StateDir {
             path: path.to_owned(),
             source,
         };
-        fs::read_dir(path.join("guests")).map_err(io)?;
+        let storage = Files;
+        storage.list(&path.join("guests")).map_err(io)?;
         Ok(Self {
+            storage: Arc::new(storage),
             path: path.to_owned(),
         })
     }
@@ -118,16 +122,17 @@ impl StateDir {
     pub fn register(&self) -> Result<RegisterId, StateError> {
         // Under a lock, since two agents that start at once would draw two.
         let path = self.path.join("locks/register.lock");
-        let locked = lock_file(&path).and_then(|file| {
-            flock(&file, FlockOperation::LockExclusive)?;
-            Ok(file)
-        });
+        let locked = self.storage.lock(&path, Patience::Wait);
         let _lock = locked.map_err(|source| StateError::Io {
             action: "lock",
             path,
             source,
         })?;
-        let file = RecordFile::new(self.path.join("register"), REGISTER_VERSION);
+        let file = RecordFile::on(
+            self.storage.clone(),
+            self.path.join("register"),
+            REGISTER_VERSION,
+        );
         if let Some(id) = file.read()? {
             return Ok(id);
         }
@@ -144,7 +149,8 @@ impl StateDir {
         kind: &str,
         version: u32,
     ) -> RecordFile<T> {
-        RecordFile::new(
+        RecordFile::on(
+            self.storage.clone(),
             self.path.join("guests").join(format!("{name}.{kind}")),
             version,
         )
@@ -160,8 +166,7 @@ impl StateDir {
         };
         let suffix = format!(".{kind}");
         let mut names = Vec::new();
-        for entry in fs::read_dir(&dir).map_err(io)? {
-            let file_name = entry.map_err(io)?.file_name();
+        for file_name in self.storage.list(&dir).map_err(io)? {
             let stem = file_name
                 .to_str()
                 .and_then(|name| name.strip_suffix(&suffix));
@@ -181,7 +186,7 @@ impl StateDir {
 #[derive(Debug)]
 pub struct GuestLock {
     name: GuestName,
-    file: File,
+    _held: Box<dyn Held>,
 }
 
 impl GuestLock {
@@ -192,22 +197,16 @@ impl GuestLock {
             path: path.clone(),
             source,
         };
-        let mut file = lock_file(&path).map_err(io)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(LockError::Held {
-                    name: name.clone(),
-                    holder: holder(&mut file),
-                });
-            }
-            Err(errno) => return Err(io(errno.into())),
+        match state.storage.lock(&path, Patience::Try).map_err(io)? {
+            Locked::Taken(held) => Ok(Self {
+                name: name.clone(),
+                _held: held,
+            }),
+            Locked::HeldBy(process) => Err(LockError::Held {
+                name: name.clone(),
+                holder: holder(process),
+            }),
         }
-        write_holder(&mut file).map_err(io)?;
-        Ok(Self {
-            name: name.clone(),
-            file,
-        })
     }
 
     /// The guest.
@@ -217,39 +216,11 @@ impl GuestLock {
     }
 }
 
-impl Drop for GuestLock {
-    fn drop(&mut self) {
-        // The file stays: removing it would let two processes lock two files of one name.
-        drop(self.file.set_len(0));
-    }
-}
-
-fn lock_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)
-}
-
-fn write_holder(file: &mut File) -> io::Result<()> {
-    file.set_len(0)?;
-    file.seek(SeekFrom::Start(0))?;
-    writeln!(file, "{}", std::process::id())
-}
-
-/// Who holds the lock, as far as the file says: it is written just after the lock is taken.
-fn holder(file: &mut File) -> String {
-    let mut text = String::new();
-    let read = file.take(64).read_to_string(&mut text);
-    match text.trim().parse::<u32>() {
-        Ok(pid) if read.is_ok() && pid == std::process::id() => {
-            "another migration of this agent".to_owned()
-        }
-        Ok(pid) if read.is_ok() => format!("process {pid}"),
-        _ => "another process".to_owned(),
+fn holder(process: Option<u32>) -> String {
+    match process {
+        Some(pid) if pid == std::process::id() => "another migration of this agent".to_owned(),
+        Some(pid) => format!("process {pid}"),
+        None => "another process".to_owned(),
     }
 }
 
@@ -288,6 +259,8 @@ pub fn new_incarnation() -> Result<Incarnation, StateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::io::Read as _;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]

@@ -311,6 +311,7 @@ impl Migration {
             return;
         };
         let tools = Tools {
+            hypervisors: self.host.hypervisors.clone(),
             config: self.config.clone(),
             options: TargetOptions {
                 run_dir: self

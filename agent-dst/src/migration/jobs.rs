@@ -9,8 +9,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::config::TargetConfig;
-use vmferry_hypervisor::launch::Watched;
-use vmferry_hypervisor::open::{TargetOptions, open_target};
+use vmferry_hypervisor::open::{Hypervisors, TargetOptions};
 use vmferry_hypervisor::{GuestError, StartError, TargetGuest};
 use vmferry_proto::error::WireError;
 use vmferry_proto::handover::{ProcessRecord, RunPermit};
@@ -92,6 +91,7 @@ pub(super) struct NotStarted {
 /// What the work is done with.
 #[derive(Debug)]
 pub(super) struct Tools {
+    pub(super) hypervisors: Arc<dyn Hypervisors>,
     pub(super) config: TargetConfig,
     pub(super) options: TargetOptions,
     pub(super) hooks: Hooks,
@@ -147,7 +147,9 @@ async fn make_copy(tools: &Tools, guest: &mut Guest, renew: bool) -> Result<(), 
         .spec
         .as_ref()
         .ok_or_else(|| missing("description of the guest"))?;
-    let opened = open_target(&tools.config, spec, &tools.options)
+    let opened = tools
+        .hypervisors
+        .open_target(&tools.config, spec, &tools.options)
         .await
         .map_err(failed)?;
     *guest = Some(opened);
@@ -229,12 +231,8 @@ async fn end_leftover(tools: &Tools) -> Result<(), GuestError> {
     else {
         return Ok(());
     };
-    match Watched::find(crate::process::identity(&process)) {
-        Ok(found) => found.kill().await?,
-        // Nothing is left of it, or the pid is another process's now.
-        Err(GuestError::Gone(_)) => {}
-        Err(error) => return Err(error),
-    }
+    let process = crate::process::identity(&process);
+    tools.hypervisors.end(&process).await?;
     remove_stale_sockets(tools);
     Ok(())
 }

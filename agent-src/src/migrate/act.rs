@@ -101,21 +101,14 @@ impl Migration {
     }
 
     async fn record(&mut self, record: SourceRecord) -> SourceEvent {
-        let journal = self.journal.clone();
         let began = Instant::now();
-        let written = tokio::task::spawn_blocking(move || journal.write(&record)).await;
+        let written = self.journal.write_aside(record).await;
         self.stats.on_journal(began.elapsed());
         match written {
-            Ok(Ok(())) => SourceEvent::Recorded,
-            Ok(Err(error)) => SourceEvent::RecordFailed {
+            Ok(()) => SourceEvent::Recorded,
+            Err(error) => SourceEvent::RecordFailed {
                 visible: error.visible,
                 reason: MigrateError::Journal(error).to_wire(),
-            },
-            // The writer panicked: nobody knows how far it came, so a restart may find the record.
-            Err(panic) => SourceEvent::RecordFailed {
-                visible: true,
-                reason: MigrateError::Internal(format!("the journal's writer died: {panic}"))
-                    .to_wire(),
             },
         }
     }

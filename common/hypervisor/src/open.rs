@@ -2,13 +2,17 @@
 //!
 //! Owns nothing but the choice. A new hypervisor is one folder beside this file and one line in each function.
 
+use std::fmt;
 use std::path::PathBuf;
 
+use async_trait::async_trait;
+use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::spec::GuestSpec;
 
 use crate::config::{DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{SourceGuest, TargetGuest};
+use crate::launch::Watched;
 use crate::qemu::{QemuSource, QemuTarget};
 use crate::sim::{SimSource, SimTarget};
 
@@ -36,5 +40,52 @@ pub async fn open_target(
     match config.driver {
         DriverKind::Qemu => Ok(Box::new(QemuTarget::prepare(config, spec, options).await?)),
         DriverKind::Sim => Ok(Box::new(SimTarget::prepare(config, spec, options).await?)),
+    }
+}
+
+/// The hypervisors of a destination host, as its agent sees them: the drivers of this table, or whatever stands for them.
+#[async_trait]
+pub trait Hypervisors: Send + Sync + fmt::Debug {
+    /// [`open_target`].
+    async fn open_target(
+        &self,
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+    ) -> Result<Box<dyn TargetGuest>, GuestError>;
+
+    /// Whether a hypervisor's process still runs. What cannot be told counts as running: it is looked at again when
+    /// it is to be ended.
+    fn is_alive(&self, process: &ProcessIdentity) -> bool;
+
+    /// Ends a hypervisor's process. One that is gone, or whose pid is another process's now, is no error.
+    async fn end(&self, process: &ProcessIdentity) -> Result<(), GuestError>;
+}
+
+/// The drivers of this table, on the processes of this host.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Drivers;
+
+#[async_trait]
+impl Hypervisors for Drivers {
+    async fn open_target(
+        &self,
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+    ) -> Result<Box<dyn TargetGuest>, GuestError> {
+        open_target(config, spec, options).await
+    }
+
+    fn is_alive(&self, process: &ProcessIdentity) -> bool {
+        process.is_alive().unwrap_or(true)
+    }
+
+    async fn end(&self, process: &ProcessIdentity) -> Result<(), GuestError> {
+        match Watched::find(process.clone()) {
+            Ok(found) => found.kill().await,
+            Err(GuestError::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 }
