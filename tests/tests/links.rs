@@ -57,6 +57,27 @@ fn a_link_carries_no_more_than_its_rate_and_nothing_while_it_is_cut() {
     calibrate::round_trip(&link).unwrap();
 }
 
+#[test]
+fn a_cable_has_no_limit_and_counts_what_it_carries() {
+    if Link::get(LinkSpec::new(MBIT, Duration::ZERO))
+        .unwrap()
+        .is_none()
+    {
+        return;
+    }
+    let link = Link::cable().unwrap();
+    let flow = Flow {
+        warm_up: Duration::ZERO,
+        counted: Duration::from_millis(500),
+    };
+    let payload = calibrate::tcp_rate(&link, flow).unwrap() / 8.0 * 0.5;
+    let (forth, back) = (link.forth(), link.back());
+    println!("{payload} bytes in {forth:?}, {back:?}");
+    // What the receiver counted in half a second, and what was on the way besides.
+    assert!(forth.bytes as f64 > payload * 0.9);
+    assert!(0 < back.bytes && back.bytes < forth.bytes / 10);
+}
+
 /// Long enough for the source to notice that the line is dead, short of giving up.
 const OUTAGE: Duration = Duration::from_secs(12);
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -4,7 +4,10 @@
 //! itself, since the machine may be busy with something else. It says whether a target is met and never fails
 //! on a number; it fails where a copy is wrong or nothing could be measured.
 
+pub mod cpu;
+pub mod native;
 pub mod pair;
+pub mod picture;
 pub mod quinn;
 pub mod series;
 pub mod zstd;

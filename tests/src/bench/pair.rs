@@ -13,6 +13,7 @@ use crate::harness::process::Finished;
 use crate::harness::role::Programs;
 use crate::harness::sim::{Beats, SimGuest, SimSpec};
 use crate::harness::{Host, Hosts};
+use crate::link::Link;
 
 /// Beats to wait for behind a migration: the guest runs on.
 const BEATS_AFTER: usize = 50;
@@ -46,7 +47,24 @@ impl Pair {
     /// The agent does not come up.
     pub fn new(executable: &str) -> anyhow::Result<Self> {
         let hosts = Hosts::new(Programs::played_by(Path::new(executable)))?;
-        let (alpha, beta) = (hosts.host("alpha")?, hosts.host("beta")?);
+        let ends = (hosts.host("alpha")?, hosts.host("beta")?);
+        Self::between(hosts, ends)
+    }
+
+    /// As [`new`](Self::new), at the two ends of `link`.
+    ///
+    /// # Errors
+    /// The agent does not come up.
+    pub fn on_link(executable: &str, link: &Link) -> anyhow::Result<Self> {
+        let hosts = Hosts::new(Programs::played_by(Path::new(executable)))?;
+        let ends = (
+            hosts.host_at("alpha", &link.alpha)?,
+            hosts.host_at("beta", &link.beta)?,
+        );
+        Self::between(hosts, ends)
+    }
+
+    fn between(hosts: Hosts, (alpha, beta): (Host, Host)) -> anyhow::Result<Self> {
         let agent = beta.serve(&[])?;
         Ok(Self {
             _hosts: hosts,
@@ -79,7 +97,7 @@ impl Pair {
     pub fn move_one(&mut self, spec: &SimSpec, options: &[&str]) -> anyhow::Result<Moved> {
         let guest = self.guest(spec)?;
         guest.wait_for_beats(BEATS_AFTER)?;
-        let done = self.alpha.migrate(guest.name(), self.agent.port, options)?;
+        let done = self.alpha.migrate_to(guest.name(), &self.agent, options)?;
         self.conclude(&guest, &done)
     }
 

@@ -31,9 +31,22 @@ impl Target {
         }
     }
 
+    /// How far `value` is from the target, as a share of the target.
+    #[must_use]
+    pub fn shortfall(self, value: f64) -> f64 {
+        match self {
+            Self::AtLeast(least) => (least - value) / least,
+            Self::AtMost(most) => (value - most) / most,
+        }
+    }
+
     /// Prints `what` with its value, the target and whether it is met.
     pub fn judge(self, what: &str, value: f64, unit: &str) {
-        let verdict = if self.is_met(value) { "met" } else { "MISSED" };
+        let verdict = if self.is_met(value) {
+            "met".to_owned()
+        } else {
+            format!("MISSED by {:.0} %", self.shortfall(value) * 100.0)
+        };
         println!("  {what}: {value:.2} {unit} (target {self} {unit}): {verdict}");
     }
 }
@@ -127,5 +140,11 @@ mod tests {
         assert!(!Target::AtLeast(0.6).is_met(f64::NAN));
         assert!(!Target::AtMost(10.0).is_met(f64::NAN));
         assert!(Target::AtMost(10.0).is_met(9.9));
+    }
+
+    #[test]
+    fn a_miss_is_told_as_a_share_of_the_target() {
+        assert!((Target::AtMost(2.0).shortfall(3.0) - 0.5).abs() < 1e-9);
+        assert!((Target::AtLeast(0.8).shortfall(0.6) - 0.25).abs() < 1e-9);
     }
 }

@@ -142,10 +142,11 @@ impl Host {
 
     /// Its address.
     #[must_use]
-    pub fn address(&self) -> Ipv4Addr {
-        self.end
-            .as_ref()
-            .map_or(Ipv4Addr::LOCALHOST, |end| end.address)
+    pub const fn address(&self) -> Ipv4Addr {
+        match &self.end {
+            Some(end) => end.address,
+            None => Ipv4Addr::LOCALHOST,
+        }
     }
 
     /// Runs `work` where its agents are: what it starts is there too.
@@ -299,7 +300,21 @@ impl Host {
         Running::start_in_view("vmferry-src", command, &self.path("logs"))?.wait(limit)
     }
 
-    /// Migrates `guest` and waits for the end.
+    /// Migrates `guest` to `agent` and waits for the end.
+    ///
+    /// # Errors
+    /// The program cannot be started or does not end.
+    pub fn migrate_to(
+        &self,
+        guest: &str,
+        agent: &Agent,
+        more: &[&str],
+    ) -> anyhow::Result<Finished> {
+        self.start_migrate_to(guest, &agent.to(), more)?
+            .wait(MIGRATE_LIMIT)
+    }
+
+    /// Migrates `guest` to an agent on this machine and waits for the end.
     ///
     /// # Errors
     /// The program cannot be started or does not end.

@@ -16,6 +16,7 @@ use super::hosts::{Agent, Host, Hosts};
 use super::process::{Finished, Running};
 use super::role::Programs;
 use crate::lab::{Guest, Images, Place, Qemu, Start};
+use crate::link::Link;
 
 /// How long a QEMU may take to end when it should.
 const END_LIMIT: Duration = Duration::from_secs(60);
@@ -52,15 +53,33 @@ impl Pair {
     /// The disk.
     pub fn new(programs: Programs, guest: Guest) -> Result<Self> {
         let hosts = Hosts::new(programs)?;
-        let side = |name: &str, images| {
+        let ends = (hosts.host("alpha")?, hosts.host("beta")?);
+        Self::between(hosts, ends, guest)
+    }
+
+    /// As [`new`](Self::new), the two hosts at the ends of `link`.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn on_link(programs: Programs, guest: Guest, link: &Link) -> Result<Self> {
+        let hosts = Hosts::new(programs)?;
+        let ends = (
+            hosts.host_at("alpha", &link.alpha)?,
+            hosts.host_at("beta", &link.beta)?,
+        );
+        Self::between(hosts, ends, guest)
+    }
+
+    fn between(hosts: Hosts, (alpha, beta): (Host, Host), guest: Guest) -> Result<Self> {
+        let side = |host: Host, images| {
             Ok::<_, anyhow::Error>(Side {
-                host: hosts.host(name)?,
-                place: guest.place_with(name, images)?,
+                place: guest.place_with(host.name(), images)?,
+                host,
             })
         };
         Ok(Self {
-            alpha: side("alpha", Images::AsDescribed)?,
-            beta: side("beta", Images::OldData)?,
+            alpha: side(alpha, Images::AsDescribed)?,
+            beta: side(beta, Images::OldData)?,
             hosts,
             guest,
         })
@@ -77,7 +96,7 @@ impl Pair {
     /// # Errors
     /// It does not come up.
     pub fn boot(&self) -> Result<Qemu> {
-        let qemu = self.alpha.place.start(Start::Boot)?;
+        let qemu = self.alpha.start(Start::Boot)?;
         self.guest.wait_ready()?;
         Ok(qemu)
     }
@@ -241,6 +260,14 @@ pub struct Hold {
 }
 
 impl Side {
+    /// Starts QEMU here, on the host's network.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(&self, how: Start) -> Result<Qemu> {
+        self.host.run(|| self.place.start(how))
+    }
+
     /// From now on the agent of this host stops at `phase`, until the hold is released.
     ///
     /// # Errors

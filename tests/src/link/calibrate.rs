@@ -24,6 +24,8 @@ const ECHOES: usize = 20;
 /// Datagrams sent to measure the loss, and the bytes of each.
 const STREAM: usize = 20_000;
 const DATAGRAM: usize = 200;
+/// Room for all of them at the receiver, with what the kernel needs for each.
+const ROOM: usize = 32 << 20;
 
 /// How a TCP flow may warm up and for how long it counts.
 #[derive(Debug, Clone, Copy)]
@@ -184,6 +186,8 @@ pub fn round_trip(link: &Link) -> Result<Duration> {
 /// Sockets.
 pub fn loss(link: &Link) -> Result<f64> {
     let (near, far) = sockets(link)?;
+    // Else a receiver that is not woken in time loses what the link has carried.
+    rustix::net::sockopt::set_socket_recv_buffer_size_force(&far, ROOM)?;
     let half = (link.spec.rate / 2) as f64;
     let pace = Duration::from_secs_f64((DATAGRAM + 28) as f64 * 8.0 / half).max(LEAST_PACE);
     thread::scope(|scope| {

@@ -39,6 +39,12 @@ use relay::{Relay, Switch};
 
 /// Largest packet, from the IP header on: Ethernet's.
 pub const MTU: u16 = 1500;
+/// Name of the device at either end.
+const DEVICE: &str = "link";
+const NEAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+const FAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// Header of a frame, which the kernel counts and we do not.
+const ETHERNET: u64 = 14;
 /// The queue holds at least so many bytes: 80 packets.
 const LEAST_QUEUE: u64 = 120_000;
 /// And at least what the line sends in so long, on short paths too.
@@ -60,6 +66,15 @@ pub struct LinkSpec {
 }
 
 impl LinkSpec {
+    /// That of a cable.
+    const UNLIMITED: Self = Self {
+        rate: u64::MAX,
+        rtt: Duration::ZERO,
+        loss: 0.0,
+        queue: u64::MAX,
+        seed: 0,
+    };
+
     /// A link without loss, its queue one round trip long.
     #[must_use]
     pub fn new(rate: u64, rtt: Duration) -> Self {
@@ -93,6 +108,9 @@ impl LinkSpec {
 
 impl fmt::Display for LinkSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Self::UNLIMITED {
+            return f.write_str("no limit");
+        }
         let mbit = self.rate as f64 / 1e6;
         let rtt = self.rtt.as_secs_f64() * 1e3;
         write!(f, "{mbit} Mbit/s, {rtt} ms")?;
@@ -121,9 +139,18 @@ pub struct Link {
     pub alpha: End,
     /// The other.
     pub beta: End,
-    forth: Relay,
-    back: Relay,
-    switch: Arc<Switch>,
+    carrier: Carrier,
+}
+
+#[derive(Debug)]
+enum Carrier {
+    Relays {
+        forth: Relay,
+        back: Relay,
+        switch: Arc<Switch>,
+    },
+    /// A pair of devices of the kernel's.
+    Cable,
 }
 
 impl Link {
@@ -165,8 +192,8 @@ impl Link {
     /// # Errors
     /// Not root, or no TUN devices.
     pub fn new(spec: LinkSpec) -> Result<Self> {
-        let (alpha, near) = end(Ipv4Addr::new(10, 77, 0, 1))?;
-        let (beta, far) = end(Ipv4Addr::new(10, 77, 0, 2))?;
+        let (alpha, near) = end(NEAR)?;
+        let (beta, far) = end(FAR)?;
         let switch = Arc::<Switch>::default();
         let relay = |way, seed| {
             let schedule = Schedule::new(spec.shape(), seed);
@@ -174,42 +201,108 @@ impl Link {
         };
         Ok(Self {
             spec,
-            forth: relay((Arc::clone(&near), Arc::clone(&far)), spec.seed)?,
-            back: relay((far, near), !spec.seed)?,
+            carrier: Carrier::Relays {
+                forth: relay((Arc::clone(&near), Arc::clone(&far)), spec.seed)?,
+                back: relay((far, near), !spec.seed)?,
+                switch,
+            },
             alpha,
             beta,
-            switch,
+        })
+    }
+
+    /// A cable without limit, delay or loss, as fast as the kernel copies; it cannot be cut. Batches are never taken apart on
+    /// it, so their headers count once.
+    ///
+    /// # Errors
+    /// Not root, or no virtual Ethernet.
+    pub fn cable() -> Result<Self> {
+        let end = |address| {
+            Ok::<_, anyhow::Error>(End {
+                namespace: Arc::new(Namespace::new()?),
+                address,
+            })
+        };
+        let (alpha, beta) = (end(NEAR)?, end(FAR)?);
+        netns::join(DEVICE, &alpha.namespace, &beta.namespace)?;
+        for end in [&alpha, &beta] {
+            let address = format!("{}/24", end.address);
+            end.namespace.run(|| {
+                netns::ip(&["address", "add", &address, "dev", DEVICE])?;
+                netns::ip(&["link", "set", "dev", DEVICE, "up"])
+            })?;
+        }
+        Ok(Self {
+            spec: LinkSpec::UNLIMITED,
+            alpha,
+            beta,
+            carrier: Carrier::Cable,
         })
     }
 
     /// What went from alpha to beta so far.
     #[must_use]
     pub fn forth(&self) -> Carried {
-        self.forth.counters().read()
+        match &self.carrier {
+            Carrier::Relays { forth, .. } => forth.counters().read(),
+            Carrier::Cable => received(&self.beta),
+        }
     }
 
     /// What went from beta to alpha so far.
     #[must_use]
     pub fn back(&self) -> Carried {
-        self.back.counters().read()
+        match &self.carrier {
+            Carrier::Relays { back, .. } => back.counters().read(),
+            Carrier::Cable => received(&self.alpha),
+        }
     }
 
     /// Nothing arrives any more, not even what is on its way.
     pub fn cut(&self) {
-        self.switch.cut.store(true, Ordering::Release);
+        self.set_cut(true);
     }
 
     /// The link is whole again.
     pub fn restore(&self) {
-        self.switch.cut.store(false, Ordering::Release);
+        self.set_cut(false);
     }
+
+    fn set_cut(&self, cut: bool) {
+        match &self.carrier {
+            Carrier::Relays { switch, .. } => switch.cut.store(cut, Ordering::Release),
+            Carrier::Cable => {}
+        }
+    }
+}
+
+/// What the kernel counted at the device of `end`; nothing where it does not say.
+fn received(end: &End) -> Carried {
+    let counted = end.namespace.run(|| {
+        let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+        counters(&text).context("no such device")
+    });
+    counted.unwrap_or_default()
+}
+
+/// Bytes and packets received, from the kernel's table of devices.
+fn counters(table: &str) -> Option<Carried> {
+    let mut lines = table.lines().map(str::trim_start);
+    let line = lines.find_map(|line| line.strip_prefix(DEVICE)?.strip_prefix(':'))?;
+    let mut fields = line.split_whitespace().map(str::parse::<u64>);
+    let (bytes, packets) = (fields.next()?.ok()?, fields.next()?.ok()?);
+    Some(Carried {
+        bytes: bytes.saturating_sub(packets * ETHERNET),
+        packets,
+        ..Carried::default()
+    })
 }
 
 fn end(address: Ipv4Addr) -> Result<(End, Arc<SyncDevice>)> {
     let namespace = Namespace::new()?;
     let device = namespace.run(|| {
         let device = DeviceBuilder::new()
-            .name("link")
+            .name(DEVICE)
             .ipv4(address, 24_u8, None)
             .mtu(MTU)
             .offload(true)
@@ -227,4 +320,28 @@ fn end(address: Ipv4Addr) -> Result<(End, Arc<SyncDevice>)> {
         address,
     };
     Ok((end, Arc::new(device)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_queue_is_a_round_trip_long_and_never_tiny() {
+        let queue = |mbit: u64, millis| {
+            LinkSpec::new(mbit * 1_000_000, Duration::from_millis(millis)).queue
+        };
+        assert_eq!(queue(1000, 80), 10_000_000);
+        assert_eq!(queue(1000, 0), 1_250_000);
+        assert_eq!(queue(1, 1), LEAST_QUEUE);
+    }
+
+    #[test]
+    fn the_kernels_table_is_read_and_frames_count_without_their_header() {
+        let table = "Inter-| Receive | Transmit\n face |bytes packets\n\
+            \x20   lo: 9 9 0 0 0 0 0 0 9 9 0 0 0 0 0 0\n  link: 1140 10 0 0 0 0 0 0 7 1 0 0 0 0 0 0\n";
+        let carried = counters(table).unwrap();
+        assert_eq!((carried.bytes, carried.packets), (1000, 10));
+        assert!(counters("nothing").is_none());
+    }
 }

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::process::Command;
+use std::sync::mpsc;
 use std::thread;
 
 use anyhow::{Context, Result, ensure};
@@ -58,12 +59,47 @@ fn on_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     })
 }
 
-fn set_up() -> Result<()> {
-    let status = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status()
+/// Joins two namespaces by a cable: a pair of devices of one name, without any limit.
+pub(super) fn join(name: &str, near: &Namespace, far: &Namespace) -> Result<()> {
+    thread::scope(|scope| {
+        let (says, hears) = mpsc::channel();
+        let (done, wait) = mpsc::channel::<()>();
+        // The kernel finds a nameless namespace by a task in it.
+        scope.spawn(move || {
+            far.run(move || {
+                says.send(rustix::thread::gettid())?;
+                // Ends when `done` is dropped.
+                let _ = wait.recv();
+                Ok(())
+            })
+        });
+        let task = hears.recv().context("entering a namespace")?;
+        let task = task.as_raw_nonzero().to_string();
+        let cable = ["link", "add", "name", name, "type", "veth"];
+        let peer = ["peer", "name", name, "netns", &task];
+        let made = near.run(|| ip(&[&cable[..], &peer].concat()));
+        drop(done);
+        made
+    })
+}
+
+/// Runs `ip` where the calling thread is.
+pub(super) fn ip(words: &[&str]) -> Result<()> {
+    let output = Command::new("ip")
+        .args(words)
+        .output()
         .context("`ip` cannot be run: apt-get install iproute2")?;
-    ensure!(status.success(), "ip link set lo up: {status}");
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        words.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+fn set_up() -> Result<()> {
+    ip(&["link", "set", "lo", "up"])?;
     for name in ["tcp_rmem", "tcp_wmem"] {
         let path = format!("/proc/sys/net/ipv4/{name}");
         fs::write(&path, TCP_BUFFER).context(path)?;
