@@ -10,6 +10,7 @@ use anyhow::Context;
 use tempfile::TempDir;
 use vmferry_certs::{CertificateAuthority, HostRequest, Validity};
 
+use super::leftovers;
 use super::process::{Finished, Running};
 use super::role::{Programs, Role};
 use crate::link::End;
@@ -62,7 +63,7 @@ impl Hosts {
     /// # Errors
     /// The disk.
     pub fn new(programs: Programs) -> anyhow::Result<Self> {
-        let dir = tempfile::Builder::new().prefix("vmferry-").tempdir()?;
+        let dir = leftovers::folder("hosts")?;
         let made = CertificateAuthority::create(&dir.path().join("ca"), Validity::days(90)?)?;
         Ok(Self {
             dir,

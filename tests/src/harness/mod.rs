@@ -5,6 +5,7 @@
 //! that were started here. Agents are the very command lines of the binaries: one executable plays all of them, see [`role`].
 
 pub mod hosts;
+pub mod leftovers;
 pub mod process;
 pub mod proxy;
 pub mod qemu;

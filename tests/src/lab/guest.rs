@@ -16,6 +16,7 @@ use super::beats::BeatRecorder;
 use super::control::Control;
 use super::place::{Images, Place, complaints};
 use super::turn::Turn;
+use crate::harness::leftovers;
 
 /// Time for a boot with filling: an emulated processor on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
@@ -174,7 +175,7 @@ impl GuestBuilder {
             self.judge.disks = (0..self.disks.len()).map(node_name).collect();
         }
         let turn = Turn::wait()?;
-        let folder = TempDir::with_prefix("vmferry-lab-")?;
+        let folder = leftovers::folder("lab")?;
         let shm = match self.memory {
             MemoryKind::SharedFile => Some(shared_folder(self.memory_mib)?),
             MemoryKind::Anonymous | MemoryKind::SharedMemfd => None,
