@@ -43,6 +43,8 @@ pub const MTU: u16 = 1500;
 const DEVICE: &str = "link";
 const NEAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const FAR: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// Batches that may wait for the relay to wake up; what does not fit would be lost beside the schedule.
+const DEVICE_QUEUE: u32 = 10_000;
 /// Header of a frame, which the kernel counts and we do not.
 const ETHERNET: u64 = 14;
 /// The queue holds at least so many bytes: 80 packets.
@@ -306,6 +308,7 @@ fn end(address: Ipv4Addr) -> Result<(End, Arc<SyncDevice>)> {
             .ipv4(address, 24_u8, None)
             .mtu(MTU)
             .offload(true)
+            .tx_queue_len(DEVICE_QUEUE)
             .build_sync()
             .context("a TUN device")?;
         ensure!(
