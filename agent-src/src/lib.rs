@@ -7,6 +7,7 @@ pub mod progress;
 pub mod report;
 
 pub mod command;
+pub mod durable;
 pub mod error;
 pub mod lanes;
 pub mod local;

@@ -17,7 +17,7 @@ use vmferry_common::ownership;
 use vmferry_common::phase::{Ending, Phase};
 use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
 use vmferry_hypervisor::SourceGuest;
-use vmferry_hypervisor::open::open_source;
+use vmferry_hypervisor::open::{Leftovers, open_source_with};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
     Peer as PeerRecord, ProcessRecord, SourceAction, SourceEnd, SourceEvent, SourceFacts,
@@ -27,6 +27,7 @@ use vmferry_proto::ids::GuestName;
 use vmferry_proto::spec::RunState;
 
 use crate::cli::MigrateOptions;
+use crate::durable::{self, DurableFiles, Keeping};
 use crate::error::MigrateError;
 use crate::local::{self, Command, Waiter};
 use crate::migrate::{Ended, Migration, Parts};
@@ -97,6 +98,8 @@ pub struct Desk {
     pub commands: mpsc::Receiver<Command>,
     /// Those who listen.
     pub events: Events,
+    /// What is kept for a later agent, and what one before this one kept; `None` where a killed agent cannot be gone on with.
+    pub keeping: Option<Keeping>,
     /// When the program began.
     pub began: Instant,
 }
@@ -116,7 +119,7 @@ impl Desk {
 pub async fn migrate(options: MigrateOptions, progress: Progress) -> Result<Report, NotBegun> {
     let began = Instant::now();
     let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
-    let (desk, _socket) = sit_down(&options, began).await?;
+    let (desk, _socket) = sit_down(&options, began, Purpose::Migrate).await?;
     migrate_at(desk, options, Arc::new(identity), progress).await
 }
 
@@ -128,8 +131,11 @@ pub async fn migrate_at(
     desk: Desk,
     options: MigrateOptions,
     identity: Arc<Identity>,
-    progress: Progress,
+    mut progress: Progress,
 ) -> Result<Report, NotBegun> {
+    if let Some(text) = desk.keeping.as_ref().and_then(|kept| kept.about.as_ref()) {
+        progress.note(text);
+    }
     let machine = machine(&options, &desk)?;
     remember(&options, &desk)?;
     run(options, identity, desk, machine, progress, false).await
@@ -154,7 +160,7 @@ pub async fn recover(
     let dir = StateDir::existing(state).map_err(|error| NotBegun::usage(&error))?;
     let options = saved_options(&dir, name, identity)?;
     let identity = Identity::load(&options.identity).map_err(|error| NotBegun::usage(&error))?;
-    let (desk, _socket) = sit_down(&options, began).await?;
+    let (desk, _socket) = sit_down(&options, began, Purpose::Recover).await?;
     recover_at(desk, options, Arc::new(identity), fenced, progress).await
 }
 
@@ -238,10 +244,20 @@ fn remember(options: &MigrateOptions, desk: &Desk) -> Result<(), NotBegun> {
         .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))
 }
 
+/// What an agent has come for.
+#[derive(Debug, Clone, Copy)]
+enum Purpose {
+    /// To go on.
+    Migrate,
+    /// To finish and to leave no trace.
+    Recover,
+}
+
 /// The desk, and the control socket while it is held.
 async fn sit_down(
     options: &MigrateOptions,
     began: Instant,
+    purpose: Purpose,
 ) -> Result<(Desk, local::Server), NotBegun> {
     let name = &options.guest.name;
     let state = StateDir::open(&options.state).map_err(|error| NotBegun::usage(&error))?;
@@ -253,12 +269,7 @@ async fn sit_down(
         .map_err(|error| NotBegun::failed(ErrorCode::Internal, &error))?;
     let socket = local::Server::start(&local::socket_path(&options.state, name.as_str()), sender)
         .map_err(|error| NotBegun::usage(&error))?;
-    let guest = open_source(&options.guest)
-        .await
-        .map_err(|error| NotBegun {
-            usage: false,
-            error: MigrateError::Guest(error).to_wire(),
-        })?;
+    let (guest, keeping) = open_guest(options, &state, purpose).await?;
     let desk = Desk {
         guest,
         state,
@@ -266,9 +277,49 @@ async fn sit_down(
         connector: Arc::new(Udp),
         commands,
         events: socket.events(),
+        keeping: Some(keeping),
         began,
     };
     Ok((desk, socket))
+}
+
+/// The guest, and what an agent that was killed in the copy left of it for this one.
+async fn open_guest(
+    options: &MigrateOptions,
+    state: &StateDir,
+    purpose: Purpose,
+) -> Result<(Box<dyn SourceGuest>, Keeping), NotBegun> {
+    let files = DurableFiles::new(&options.state, &options.guest.name);
+    let found = ownership::source_file(state, &options.guest.name)
+        .read()
+        .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
+    let left = match (purpose, found) {
+        (Purpose::Migrate, Some(found)) if can_go_on(&found, options) => Some(files.find(&found)),
+        (Purpose::Migrate | Purpose::Recover, _) => None,
+    };
+    let leftovers = match &left {
+        Some(Ok(_)) => Leftovers::KeepTracking,
+        Some(Err(_)) | None => Leftovers::Remove,
+    };
+    let opened = open_source_with(&options.guest, leftovers).await;
+    let mut guest = opened.map_err(|error| NotBegun {
+        usage: false,
+        error: MigrateError::Guest(error).to_wire(),
+    })?;
+    let keeping = durable::take_over(files, left, &mut *guest).await;
+    Ok((guest, keeping))
+}
+
+/// Whether the copy that the journal tells of can be gone on with. In doubt it cannot: the images may be inactive, and what
+/// follows is hardly a copy.
+fn can_go_on(found: &SourceRecord, options: &MigrateOptions) -> bool {
+    is_unfinished(found, options)
+        && matches!(
+            found.state,
+            SourceState::Copying { .. }
+                | SourceState::Pausing { .. }
+                | SourceState::RolledBack { .. }
+        )
 }
 
 /// The handover machine: of what the journal left unfinished, else a new one.
@@ -333,6 +384,7 @@ async fn run(
         connector,
         commands,
         events,
+        keeping,
         began,
     } = desk;
     let record = handover.record();
@@ -356,6 +408,7 @@ async fn run(
         guest,
         dialer,
         handover,
+        keeping,
         journal: ownership::source_file(&state, &record.guest),
         commands,
         progress,

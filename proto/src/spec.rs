@@ -43,7 +43,7 @@ pub enum RunState {
 }
 
 /// A RAM block or a disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RegionSpec {
     /// Its id: the index in [`GuestSpec::regions`].
     pub id: RegionId,

@@ -165,22 +165,6 @@ fn a_destination_agent_that_is_killed_in_the_copy_and_comes_back_is_gone_on_with
 }
 
 #[test]
-fn a_source_agent_that_is_killed_in_the_copy_begins_again() {
-    let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
-    let mut running = stage.begin(&guest, &SLOW);
-    wait_in_copy(&stage, &mut running);
-    kill(running);
-    guest.wait_for_beats(20).unwrap();
-    assert_eq!(owner(&stage.alpha, Role::Source).code(), 0);
-    assert_eq!(owner(&stage.beta, Role::Destination).code(), 1);
-    let done = stage.migrate(&guest, &PATIENT);
-    println!("{}", done.stderr);
-    stage.expect_code(&done, 0);
-    stage.expect_moved(&guest);
-}
-
-#[test]
 fn recover_removes_every_trace_of_a_killed_source_agent() {
     let stage = Stage::set(PROGRAMS);
     let guest = stage.guest(small());

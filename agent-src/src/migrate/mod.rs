@@ -36,13 +36,15 @@ use vmferry_hypervisor::{GuestLife, GuestPaused, RegionReader, SourceGuest};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{SourceAction, SourceEnd, SourceEvent, SourceHandover, SourceRecord};
 use vmferry_proto::ledger::Ledger;
-use vmferry_proto::spec::RunState;
+use vmferry_proto::spec::{RegionSpec, RunState};
 
 use crate::cli::MigrateOptions;
+use crate::durable::{Begun, DurableFiles, Keeping, NotWritten};
 use crate::error::{LinkError, MigrateError};
 use crate::lanes::LaneCounters;
 use crate::local::{Command, Waiter};
 use crate::progress::Progress;
+use crate::run::chain;
 use crate::session::{Dialer, Session};
 
 use inputs::Timers;
@@ -65,6 +67,8 @@ pub struct Migration {
     run_state: RunState,
     tracking: bool,
     ledger: Ledger,
+    /// Files from which a later agent can go on, where they are kept.
+    durable: Option<DurableFiles>,
     counters: Arc<LaneCounters>,
     pacer: Pacer,
     dialer: Dialer,
@@ -105,6 +109,8 @@ pub struct Parts {
     pub dialer: Dialer,
     /// The machine, new or recovered.
     pub handover: SourceHandover,
+    /// What is kept for a later agent, and what one before this one kept.
+    pub keeping: Option<Keeping>,
     /// Where its records go.
     pub journal: RecordFile<SourceRecord>,
     /// What people at other terminals ask.
@@ -166,6 +172,7 @@ impl Migration {
             guest,
             dialer,
             handover,
+            keeping,
             journal,
             commands,
             hooks,
@@ -181,7 +188,9 @@ impl Migration {
             .map(|region| guest.reader(region.id))
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
-        let ledger = Ledger::new(&spec.regions);
+        let (durable, taken_over) = keeping.map_or((None, None), |kept| (Some(kept.files), kept.taken_over));
+        let tracking = taken_over.is_some();
+        let ledger = taken_over.unwrap_or_else(|| Ledger::new(&spec.regions));
         let stats = Stats::new(spec, options.verify);
         let (spec_name, run_state) = (spec.name.clone(), spec.run_state);
         Ok(Self {
@@ -189,8 +198,9 @@ impl Migration {
             readers,
             paused: None,
             run_state,
-            tracking: false,
+            tracking,
             ledger,
+            durable,
             counters: Arc::new(LaneCounters::new(options.compress)),
             ticker: ticker(),
             connect_error: None,
@@ -276,7 +286,7 @@ impl Migration {
         while self.end.is_none() && !self.left_in_doubt {
             step = match step {
                 Ok(()) => self.copy_and_cut_over().await,
-                Err(error) if error.is_link_loss() && self.tracking => self.reconnect(error).await,
+                Err(error) if error.is_passing() && self.tracking => self.reconnect(error).await,
                 Err(error) => {
                     self.give_up(&error).await;
                     return;
@@ -293,9 +303,38 @@ impl Migration {
         self.connect().await?;
         self.enter(Phase::Prepare).await?;
         self.offer().await?;
+        if self.tracking {
+            // An earlier agent's, taken over.
+            return Ok(());
+        }
+        self.begin_tracking().await
+    }
+
+    /// Begins to track the guest, so that a later agent can go on from any moment of it.
+    async fn begin_tracking(&mut self) -> Result<(), MigrateError> {
+        let regions = self.guest.spec().regions.clone();
+        let begun = self.durable.as_ref().map(|files| files.begin(&regions));
+        if let Some(Ok(begun)) = &begun {
+            self.guest.keep_marks(begun.file.clone());
+        }
         self.guest.start_tracking().await?;
         self.tracking = true;
+        let kept = begun.map(|begun| self.put_in_force(&begun?, &regions));
+        if let Some(Err(error)) = kept {
+            self.progress.note(&format!(
+                "should this agent be killed, the copy will begin again: {}",
+                chain(&error)
+            ));
+        }
         Ok(())
+    }
+
+    fn put_in_force(&mut self, begun: &Begun, regions: &[RegionSpec]) -> Result<(), NotWritten> {
+        self.ledger.write_down(Box::new(begun.file.writer()))?;
+        let (Some(files), Some(tracking)) = (&self.durable, self.guest.tracking()) else {
+            return Ok(());
+        };
+        files.put_in_force(begun, &self.handover.record(), regions, tracking)
     }
 
     async fn copy_and_cut_over(&mut self) -> Result<(), MigrateError> {
@@ -375,6 +414,9 @@ impl Migration {
             && let Err(error) = self.guest.stop_tracking().await
         {
             tracing::warn!(%error, "tracking could not be ended cleanly: `vmferry-src recover` tries again");
+        }
+        if let (Some(_), Some(files)) = (&self.end, &self.durable) {
+            files.remove();
         }
     }
 }

@@ -15,6 +15,7 @@ use vmferry_proto::ids::{Incarnation, RegionId};
 use vmferry_proto::spec::{GuestSpec, RunState};
 
 use crate::error::GuestError;
+use crate::marks::{MarkLog, TrackingLeft};
 
 /// A running guest that is to leave this host.
 #[async_trait]
@@ -29,7 +30,18 @@ pub trait SourceGuest: Send + std::fmt::Debug {
     /// [`take_dirty`](Self::take_dirty) or the first one.
     async fn start_tracking(&mut self) -> Result<(), GuestError>;
 
-    /// Ends tracking and removes every trace from the hypervisor (descriptors, exports, bitmaps). Idempotent.
+    /// Writes what is taken into `log` from here on, before anybody can lose it. Called before the tracking begins or goes on.
+    fn keep_marks(&mut self, log: Arc<dyn MarkLog>);
+
+    /// What a later agent needs to go on with the tracking; `None` where there is none.
+    fn tracking(&self) -> Option<TrackingLeft>;
+
+    /// Goes on with the tracking that an earlier agent left, instead of beginning one. The marks that were taken are in the log of
+    /// [`keep_marks`](Self::keep_marks). On an error [`stop_tracking`](Self::stop_tracking) removes what is left.
+    async fn resume_tracking(&mut self, left: &TrackingLeft) -> Result<(), GuestError>;
+
+    /// Ends tracking, also one that an earlier agent left, and removes every trace from the hypervisor (descriptors,
+    /// exports, bitmaps). Idempotent.
     async fn stop_tracking(&mut self) -> Result<(), GuestError>;
 
     /// Takes the dirty marks of the whole region and re-arms them, atomically per block. Everything is dirty the

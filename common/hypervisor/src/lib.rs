@@ -9,6 +9,7 @@ pub mod config;
 pub mod error;
 pub mod guest;
 pub mod launch;
+pub mod marks;
 pub mod memory;
 pub mod open;
 pub mod qemu;
@@ -19,3 +20,4 @@ pub use guest::{
     GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, Settlement, SourceGuest,
     StartError, Taken, TargetGuest,
 };
+pub use marks::{MarkLog, TrackingLeft};

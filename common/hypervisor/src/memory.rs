@@ -11,22 +11,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use vmferry_common::process::ProcessIdentity;
 use vmferry_memtrack::{
-    MemoryRange, MemoryRun, PageSet, ProcessHandle, RemoteMemory, TrackError, Tracker,
+    MemoryRange, MemoryRun, PageSet, ProcessHandle, RemoteMemory, ScanLog, TrackError, Tracker,
 };
-use vmferry_proto::geometry::{RegionBits, RegionLen, Run};
+use vmferry_proto::geometry::{RegionBits, RegionLen, Run, WINDOW_SIZE};
 use vmferry_proto::ids::RegionId;
 
 use crate::error::GuestError;
 use crate::guest::{RegionReader, RegionWriter, Settlement, Taken};
 use crate::launch;
+use crate::marks::{MarkLog, TrackingLeft};
 
 /// Runs farther apart than this are asked for their holes one by one.
 const WIDEST_ASKED: u64 = 8 << 20;
 
 /// A memory region and where it is in the guest's process. What kind of mapping it is, is looked up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBlock {
     /// The region.
     pub region: RegionId,
@@ -51,6 +53,7 @@ pub struct ProcessMemory {
     memory: Arc<RemoteMemory>,
     blocks: Vec<MemoryBlock>,
     marks: Arc<Mutex<Marks>>,
+    log: Option<Arc<dyn MarkLog>>,
 }
 
 /// The tracker, and what was taken from it.
@@ -81,6 +84,7 @@ impl ProcessMemory {
             memory: Arc::new(memory),
             blocks,
             marks: Arc::default(),
+            log: None,
         })
     }
 
@@ -105,14 +109,47 @@ impl ProcessMemory {
         .await
     }
 
-    /// Goes on with the tracking that an earlier agent left under `descriptor`.
+    /// Takes marks in the sight of `log` from here on.
+    pub fn keep_marks(&mut self, log: Arc<dyn MarkLog>) {
+        self.log = Some(log);
+    }
+
+    /// What a later agent needs to go on with the tracking.
+    #[must_use]
+    pub fn tracking(&self) -> Option<TrackingLeft> {
+        let marks = lock(&self.marks);
+        Some(TrackingLeft {
+            descriptor: marks.tracker.as_ref()?.target_fd(),
+            memory: self.blocks.clone(),
+        })
+    }
+
+    /// Goes on with the tracking that an earlier agent left under `descriptor`, with what the log says was told of it.
     pub async fn resume_tracking(&mut self, descriptor: i32) -> Result<(), GuestError> {
         let memory = Arc::clone(&self.memory);
+        let (blocks, log) = (self.blocks.clone(), self.log.clone());
         self.with_marks(move |marks| {
-            marks.tracker = Some(Tracker::reattach(memory, descriptor)?);
+            let mut tracker = Tracker::reattach(memory, descriptor)?;
+            if let Some(log) = log {
+                for (index, block) in blocks.iter().enumerate() {
+                    let told = PageSet::of_words(block.len, log.told(block.region));
+                    tracker.recall(index, told);
+                }
+            }
+            marks.tracker = Some(tracker);
             Ok(())
         })
         .await
+    }
+
+    /// As [`resume_tracking`](Self::resume_tracking), if the regions are still where they were.
+    pub async fn resume(&mut self, left: &TrackingLeft) -> Result<(), GuestError> {
+        if left.memory != self.blocks {
+            return Err(GuestError::Touched(
+                "its memory is not where it was when the tracking began".to_owned(),
+            ));
+        }
+        self.resume_tracking(left.descriptor).await
     }
 
     /// Ends the tracking and closes the descriptor inside the process. Idempotent.
@@ -129,11 +166,15 @@ impl ProcessMemory {
     /// Blocks of an earlier take that was neither acknowledged nor put back are reported again.
     pub async fn take_dirty(&mut self, region: RegionId) -> Result<Taken, GuestError> {
         let (index, block) = self.find(region)?;
+        let log = self.log.clone().map(|log| PieceLog { log, region });
         self.with_marks(move |marks| {
             let Some(tracker) = &mut marks.tracker else {
                 return Ok(None);
             };
-            let scan = tracker.take_written(index)?;
+            let scan = match &log {
+                Some(log) => tracker.take_written_to(index, log)?,
+                None => tracker.take_written(index)?,
+            };
             let len = RegionLen(block.len);
             let mut dirty = bits(&scan.written, len);
             if let Some(owed) = marks.owed.get(&region) {
@@ -206,6 +247,28 @@ impl ProcessMemory {
             .map_err(|error| GuestError::Tracking(Box::new(error)))?
             .map_err(tracking)
     }
+}
+
+/// Tells pieces of a range as windows of its region.
+struct PieceLog {
+    log: Arc<dyn MarkLog>,
+    region: RegionId,
+}
+
+impl ScanLog for PieceLog {
+    fn before(&self, span: &Range<u64>) {
+        self.log.before(self.region, windows(span));
+    }
+
+    fn after(&self, span: &Range<u64>, written: &[u64], told: &[u64]) {
+        self.log.after(self.region, windows(span), written, told);
+    }
+}
+
+/// The windows that `span` touches: a piece begins with one.
+fn windows(span: &Range<u64>) -> Range<u32> {
+    let window = |at: u64| u32::try_from(at / u64::from(WINDOW_SIZE)).unwrap_or(u32::MAX);
+    window(span.start)..window(span.end.next_multiple_of(u64::from(WINDOW_SIZE)))
 }
 
 /// A thread that panicked while it held the lock left at worst marks that are reported again.

@@ -23,11 +23,29 @@ pub struct TargetOptions {
     pub run_dir: PathBuf,
 }
 
-/// Attaches to the running guest that `config` names and describes it. Nothing is done to it yet.
+/// What becomes of the tracking that an earlier agent left in the hypervisor. Its exports and descriptors are of no use to
+/// anybody else and always go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Leftovers {
+    /// It goes.
+    Remove,
+    /// It stays, for [`SourceGuest::resume_tracking`].
+    KeepTracking,
+}
+
+/// Attaches to the running guest that `config` names and describes it. Nothing is done to it but that leftovers go.
 pub async fn open_source(config: &SourceConfig) -> Result<Box<dyn SourceGuest>, GuestError> {
+    open_source_with(config, Leftovers::Remove).await
+}
+
+/// As [`open_source`], with a say in what becomes of the tracking that was left.
+pub async fn open_source_with(
+    config: &SourceConfig,
+    leftovers: Leftovers,
+) -> Result<Box<dyn SourceGuest>, GuestError> {
     match config.driver {
-        DriverKind::Qemu => Ok(Box::new(QemuSource::attach(config).await?)),
-        DriverKind::Sim => Ok(Box::new(SimSource::attach(config).await?)),
+        DriverKind::Qemu => Ok(Box::new(QemuSource::attach_with(config, leftovers).await?)),
+        DriverKind::Sim => Ok(Box::new(SimSource::attach(config, leftovers).await?)),
     }
 }
 

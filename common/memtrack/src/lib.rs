@@ -2,8 +2,8 @@
 //!
 //! Owns: the userfaultfd that is taken out of a running process ([`Tracker`]), the scan of written pages,
 //! reads and writes of its memory ([`RemoteMemory`]), what of it was never touched, and the few other things of this
-//! project that need `unsafe`: a memory mapping for the embedded guest ([`GuestRam`]) and a child in a session
-//! of its own ([`process::in_new_session`]). It is the only crate with `unsafe`; everything public is safe.
+//! project that need `unsafe`: memory mappings for the embedded guest ([`GuestRam`]) and for what must outlive a
+//! killed process ([`SharedWords`]), and a child in a session of its own ([`process::in_new_session`]). It is the only crate with `unsafe`; everything public is safe.
 //! Does not own: what a region of a guest is, when a scan is made, and who keeps the descriptor's number.
 //!
 //! All calls block for as long as they say; callers use them from blocking contexts. A target is left as it was
@@ -28,6 +28,7 @@ mod ram;
 mod remote;
 mod sys;
 mod tracker;
+mod words;
 
 pub use error::TrackError;
 pub use maps::Backing;
@@ -36,4 +37,5 @@ pub use process::ProcessHandle;
 pub use ram::GuestRam;
 pub use remote::{MemoryRange, MemoryRun, RemoteMemory};
 pub use sys::PAGE_SIZE;
-pub use tracker::{Scan, Tracker};
+pub use tracker::{Scan, ScanLog, Tracker};
+pub use words::SharedWords;

@@ -34,6 +34,35 @@ impl PageSet {
         all
     }
 
+    /// The set over a range of `len` bytes whose pages are the bits of `words`, lowest first; what lies outside is ignored.
+    #[must_use]
+    pub fn of_words(len: u64, words: impl IntoIterator<Item = u64>) -> Self {
+        let mut set = Self::empty(len);
+        for (index, (slot, word)) in set.words.iter_mut().zip(words).enumerate() {
+            *slot = word & inside(set.pages, index);
+        }
+        set
+    }
+
+    /// Indices of the words that hold the pages of `bytes`.
+    pub(crate) fn words_of(bytes: &Range<u64>) -> Range<usize> {
+        let word = |page: u64| usize::try_from(page).unwrap_or(usize::MAX);
+        word(bytes.start / PAGE_SIZE / 64)..word(bytes.end.div_ceil(PAGE_SIZE).div_ceil(64))
+    }
+
+    /// The bits of 64 pages that exist, of which the first is page 64 × `index`.
+    pub(crate) fn inside(&self, index: usize) -> u64 {
+        inside(self.pages, index)
+    }
+
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
+        &mut self.words
+    }
+
     /// Adds every page that `bytes` (from the start of the range) touch; what lies outside is ignored.
     pub fn insert_bytes(&mut self, bytes: Range<u64>) {
         let end = bytes.end.div_ceil(PAGE_SIZE).min(self.pages);
@@ -123,5 +152,12 @@ impl PageSet {
                 .map(|(a, b)| f(*a, *b))
                 .collect(),
         }
+    }
+}
+
+fn inside(pages: u64, index: usize) -> u64 {
+    match pages.saturating_sub(index as u64 * 64) {
+        64.. => u64::MAX,
+        left => (1 << left) - 1,
     }
 }

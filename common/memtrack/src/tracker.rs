@@ -62,6 +62,26 @@ struct RangeState {
     told_data: PageSet,
 }
 
+impl RangeState {
+    /// Makes the answer of the raw one for the pages in `words`: `scan.written` is what is marked, `data` what is not zero.
+    fn settle(&mut self, scan: &mut Scan, data: &PageSet, words: Range<usize>) {
+        for at in words {
+            let all = scan.written.inside(at);
+            let told = &mut self.told_data.words_mut()[at];
+            let zero = all & !data.words()[at];
+            let vanished = *told & zero;
+            let written = &mut scan.written.words_mut()[at];
+            *written = if self.untold {
+                all
+            } else {
+                *written & !zero | vanished
+            };
+            *told = (*told | *written) & !zero;
+            scan.zero.words_mut()[at] = zero & *written;
+        }
+    }
+}
+
 /// The answer to [`Tracker::take_written`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scan {
@@ -71,6 +91,24 @@ pub struct Scan {
     pub zero: PageSet,
     /// Longest single kernel call, for which the target's page faults may have waited.
     pub longest_hold: Duration,
+}
+
+/// Is told of each piece of a scan, so that a process which dies in the middle of one loses no mark: the kernel forgets marks in
+/// the moment in which it reports them.
+pub trait ScanLog {
+    /// The marks of `span`, whole pages from the start of the range, are about to be taken.
+    fn before(&self, span: &Range<u64>);
+    /// They were: pages to report, and pages that the caller holds as possibly not zero from now on, each as the words of a
+    /// [`PageSet`] that belong to `span`. Pages of `before` that no `after` followed count as written.
+    fn after(&self, span: &Range<u64>, written: &[u64], told: &[u64]);
+}
+
+/// A scan whose result dies with the process.
+struct Unlogged;
+
+impl ScanLog for Unlogged {
+    fn before(&self, _: &Range<u64>) {}
+    fn after(&self, _: &Range<u64>, _: &[u64], _: &[u64]) {}
 }
 
 impl Tracker {
@@ -172,43 +210,36 @@ impl Tracker {
         &self.memory
     }
 
-    /// Reads and re-arms the marks of range `index`, atomically for each page, in pieces that hold the target for about
-    /// a millisecond at most. On an error marks may have been taken: the range counts as wholly written then.
-    pub fn take_written(&mut self, index: usize) -> Result<Scan, TrackError> {
-        let range = self.memory.range(index)?;
-        let backing = self.memory.backing(index).unwrap_or(Backing::Opaque);
-        let answer = self.scan_range(range, index, backing);
-        let Some(state) = self.ranges.get_mut(index) else {
-            return answer;
-        };
-        match answer {
-            Ok(mut scan) => {
-                let all = PageSet::full(range.len);
-                let vanished = state.told_data.and(&scan.zero);
-                let dirty = if state.untold {
-                    all
-                } else {
-                    scan.written.minus(&scan.zero).or(&vanished)
-                };
-                state.untold = false;
-                state.told_data = state.told_data.or(&dirty).minus(&scan.zero);
-                scan.zero = scan.zero.and(&dirty);
-                scan.written = dirty;
-                Ok(scan)
-            }
-            Err(error) => {
-                state.untold = true;
-                Err(error)
-            }
+    /// Says what an earlier tracker's caller held of range `index` as possibly not zero, so that the rest is not reported
+    /// again.
+    pub fn recall(&mut self, index: usize, told: PageSet) {
+        if let Some(state) = self.ranges.get_mut(index) {
+            state.told_data = told;
         }
     }
 
-    /// The raw answer: what is marked, and everything that is zero.
+    /// [`take_written_to`](Self::take_written_to), with a result that dies with this process.
+    pub fn take_written(&mut self, index: usize) -> Result<Scan, TrackError> {
+        self.take_written_to(index, &Unlogged)
+    }
+
+    /// Reads and re-arms the marks of range `index`, atomically for each page, in pieces that hold the target for about
+    /// a millisecond at most; each piece is told to `log`. On an error marks may have been taken: the range counts as wholly
+    /// written then.
+    pub fn take_written_to(&mut self, index: usize, log: &dyn ScanLog) -> Result<Scan, TrackError> {
+        let range = self.memory.range(index)?;
+        let answer = self.scan_range(range, index, log);
+        if let Some(state) = self.ranges.get_mut(index) {
+            state.untold = answer.is_err();
+        }
+        answer
+    }
+
     fn scan_range(
         &mut self,
         range: MemoryRange,
         index: usize,
-        backing: Backing,
+        log: &dyn ScanLog,
     ) -> Result<Scan, TrackError> {
         let mut scan = Scan {
             written: PageSet::empty(range.len),
@@ -216,11 +247,13 @@ impl Tracker {
             longest_hold: Duration::ZERO,
         };
         let end = range.len.next_multiple_of(crate::PAGE_SIZE);
+        let backing = self.memory.backing(index).unwrap_or(Backing::Opaque);
         let request = arm_request(backing);
         let mut at = 0;
         let mut data = PageSet::empty(range.len);
         while at < end {
             let span = at..end.min(at + self.piece);
+            log.before(&span);
             let began = Instant::now();
             self.memory.scan(range, &span, &request, |part| {
                 scan.written.insert_bytes(part);
@@ -230,10 +263,15 @@ impl Tracker {
                 data.insert_bytes(part);
             }
             scan.longest_hold = scan.longest_hold.max(held);
+            if let Some(state) = self.ranges.get_mut(index) {
+                let words = PageSet::words_of(&span);
+                state.settle(&mut scan, &data, words.clone());
+                let told = &state.told_data.words()[words.clone()];
+                log.after(&span, &scan.written.words()[words], told);
+            }
             self.adapt(held, &span);
             at = span.end;
         }
-        scan.zero = PageSet::full(range.len).minus(&data);
         Ok(scan)
     }
 

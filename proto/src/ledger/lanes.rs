@@ -17,9 +17,9 @@ use crate::spec::RegionKind;
 /// A frame that was taken.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Flight {
-    seq: FrameSeq,
-    kind: RegionKind,
-    bytes: u32,
+    pub(super) seq: FrameSeq,
+    pub(super) kind: RegionKind,
+    pub(super) bytes: u32,
     pub(super) at: WindowRef,
     pub(super) blocks: WindowBits,
 }
@@ -108,6 +108,30 @@ impl LaneState {
         self.sent
     }
 
+    /// What is applied and what is flushed.
+    pub(super) const fn settled(&self) -> (FrameSeq, FrameSeq) {
+        (self.applied, self.flushed)
+    }
+
+    /// A lane as an earlier process left it; its frames ascend and lie up to `sent`.
+    pub(super) fn left(
+        work: Work,
+        (sent, applied, flushed): (FrameSeq, FrameSeq, FrameSeq),
+        flights: impl Iterator<Item = Flight>,
+    ) -> Self {
+        let mut lane = Self {
+            work,
+            sent,
+            applied: FrameSeq(0),
+            flushed: FrameSeq(0),
+            in_flight: Queue::default(),
+            unflushed: Queue::default(),
+        };
+        flights.for_each(|flight| lane.in_flight.push(flight));
+        lane.settle(applied, flushed);
+        lane
+    }
+
     pub(super) fn check(&self, claim: &LaneProgress, floor: Floor) -> Result<(), LedgerError> {
         let lane = claim.lane;
         if claim.applied > self.sent {
@@ -179,7 +203,7 @@ struct RegionWork {
 }
 
 impl Work {
-    fn new(regions: &[RegionMarks], lanes: u8) -> Self {
+    pub(super) fn new(regions: &[RegionMarks], lanes: u8) -> Self {
         let region = |marks: &RegionMarks| {
             let slots = marks.len().windows().div_ceil(u32::from(lanes));
             RegionWork {

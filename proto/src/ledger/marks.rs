@@ -34,6 +34,18 @@ impl RegionMarks {
         }
     }
 
+    /// Marks as an earlier process left them.
+    pub(super) fn left(kind: RegionKind, dirty: RegionBits, sent: RegionBits) -> Self {
+        Self {
+            kind,
+            dirty_blocks: dirty.count(),
+            zero: RegionBits::empty(dirty.region_len()),
+            dirty,
+            sent,
+            zero_blocks: 0,
+        }
+    }
+
     pub(super) const fn kind(&self) -> RegionKind {
         self.kind
     }
@@ -53,6 +65,11 @@ impl RegionMarks {
     #[cfg(test)]
     pub(super) fn zero_in(&self, window: WindowIndex) -> WindowBits {
         self.zero.get(window)
+    }
+
+    #[cfg(test)]
+    pub(super) fn sent_in(&self, window: WindowIndex) -> WindowBits {
+        self.sent.get(window)
     }
 
     pub(super) fn dirty_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {

@@ -16,7 +16,9 @@
 //! ```
 
 mod lanes;
+mod log;
 mod marks;
+mod restore;
 #[cfg(test)]
 mod tests;
 mod types;
@@ -31,6 +33,8 @@ use crate::spec::{RegionKind, RegionSpec};
 use lanes::{Flight, LaneState};
 use marks::RegionMarks;
 
+pub use log::{LedgerLog, SentFrame};
+pub use restore::{FrameImage, LaneImage, LedgerImage, SessionImage};
 pub use types::{Amount, Counters, Dirty, FrameJob, Frames, LedgerError, Resumed};
 
 /// The copy ledger of one migration, over all its sessions.
@@ -42,6 +46,8 @@ pub struct Ledger {
     session: Session,
     incarnations: Option<Vec<Incarnation>>,
     counters: Counters,
+    /// Where changes are told, if another process is to be able to go on from them.
+    log: Option<Box<dyn LedgerLog>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +72,7 @@ impl Ledger {
             session: Session::None,
             incarnations: None,
             counters: Counters::default(),
+            log: None,
         }
     }
 
@@ -99,6 +106,9 @@ impl Ledger {
         if marks.mark_dirty(at.window, bits) {
             self.note_work(at);
         }
+        if let Some(log) = &mut self.log {
+            log.dirty(at, bits);
+        }
         Ok(())
     }
 
@@ -124,6 +134,9 @@ impl Ledger {
             .get_mut(usize::from(region.0))
             .ok_or(LedgerError::UnknownRegion(region))?;
         marks.mark_all_dirty();
+        if let Some(log) = &mut self.log {
+            log.region_dirty(region);
+        }
         let windows = marks.len().windows();
         for window in (0..windows).map(WindowIndex) {
             self.note_work(WindowRef { region, window });
@@ -211,7 +224,17 @@ impl Ledger {
             state.work.remove(at, lanes);
         }
         let bytes = marks.len().bytes_of(at.window, blocks);
-        let seq = state.send(at, *blocks, bytes, marks.kind());
+        let kind = marks.kind();
+        let seq = state.send(at, *blocks, bytes, kind);
+        if let Some(log) = &mut self.log {
+            log.sent(&SentFrame {
+                lane,
+                seq,
+                at,
+                blocks: *blocks,
+                kind,
+            });
+        }
         self.counters.frames += 1;
         self.counters.blocks += u64::from(blocks.count());
         self.counters.bytes += u64::from(bytes);
@@ -238,11 +261,21 @@ impl Ledger {
         self.check_progress(progress, Floor::KnownProgress)?;
         let mut acked = Frames::default();
         for lane in progress {
-            if let Some(state) = self.lanes.get_mut(usize::from(lane.lane.0)) {
-                acked.add_all(state.settle(lane.applied, lane.flushed));
-            }
+            acked.add_all(self.settle(lane));
         }
         Ok(acked)
+    }
+
+    fn settle(&mut self, progress: &LaneProgress) -> Frames {
+        let Some(state) = self.lanes.get_mut(usize::from(progress.lane.0)) else {
+            return Frames::default();
+        };
+        let newly = state.settle(progress.applied, progress.flushed);
+        if let Some(log) = &mut self.log {
+            let (applied, flushed) = state.settled();
+            log.settled(progress.lane, applied, flushed);
+        }
+        newly
     }
 
     fn check_progress(&self, progress: &[LaneProgress], floor: Floor) -> Result<(), LedgerError> {
@@ -303,6 +336,9 @@ impl Ledger {
         for region in &restarted {
             self.region_restarted(*region)?;
         }
+        if let Some(log) = &mut self.log {
+            log.incarnations(&ready.incarnations);
+        }
         Ok(Resumed {
             restarted,
             kept,
@@ -332,9 +368,7 @@ impl Ledger {
         if let Some(point) = point.filter(|point| point.session == last) {
             self.check_progress(&point.lanes, Floor::Any)?;
             for lane in &point.lanes {
-                if let Some(state) = self.lanes.get_mut(usize::from(lane.lane.0)) {
-                    state.settle(lane.applied, lane.flushed);
-                }
+                self.settle(lane);
             }
         }
         let flights: Vec<Flight> = self.lanes.iter_mut().flat_map(LaneState::drain).collect();
@@ -344,6 +378,9 @@ impl Ledger {
         self.session = Session::Open(session);
         self.note_all_work();
         let put_back = self.put_back(&flights);
+        if let Some(log) = &mut self.log {
+            log.session(session, lanes);
+        }
         kept.remove_all(put_back);
         Ok((kept, put_back))
     }

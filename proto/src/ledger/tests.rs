@@ -3,6 +3,10 @@
 use super::*;
 use crate::geometry::{RegionLen, WINDOW_SIZE};
 
+mod plain_log;
+
+use plain_log::PlainLog;
+
 fn region(id: u16, kind: RegionKind, len: u64) -> RegionSpec {
     RegionSpec {
         id: RegionId(id),
@@ -317,6 +321,41 @@ fn marks_for_what_is_not_there_are_refused() {
     assert!(ledger.region_restarted(RegionId(2)).is_err());
 }
 
+#[test]
+fn what_was_left_must_fit_the_guest() {
+    let specs = [region(0, RegionKind::Memory, 3 * 4096)];
+    let image = |frame: Option<FrameImage>| LedgerImage {
+        dirty: vec![RegionBits::empty(RegionLen(3 * 4096))],
+        sent: vec![RegionBits::empty(RegionLen(3 * 4096))],
+        incarnations: None,
+        session: Some(SessionImage {
+            number: SessionNumber(1),
+            lanes: vec![LaneImage {
+                sent: FrameSeq(1),
+                applied: FrameSeq(0),
+                flushed: FrameSeq(0),
+                frames: frame.into_iter().collect(),
+            }],
+        }),
+    };
+    let frame = |region, block, seq| FrameImage {
+        seq: FrameSeq(seq),
+        at: WindowRef {
+            region: RegionId(region),
+            window: WindowIndex(0),
+        },
+        blocks: WindowBits::span(block, block + 1),
+    };
+    let log = || Box::new(PlainLog::new(&specs));
+    let left = |frame| Ledger::restore(&specs, image(Some(frame)), log());
+    assert_eq!(left(frame(0, 2, 1)).unwrap().in_flight().amount.blocks, 1);
+    for wrong in [frame(1, 0, 1), frame(0, 3, 1), frame(0, 0, 2)] {
+        assert!(matches!(left(wrong), Err(LedgerError::Image(_))));
+    }
+    let grown = [region(0, RegionKind::Memory, 4 * 4096)];
+    assert!(Ledger::restore(&grown, image(None), log()).is_err());
+}
+
 mod against_an_oracle {
     //! The ledger beside a destination that really stores blocks: per block a version number. Whatever is lost, put
     //! back or renewed, once the ledger is settled the destination's blocks are those of the source.
@@ -368,6 +407,21 @@ mod against_an_oracle {
         DiskReplaced {
             lanes: u8,
         },
+        /// The source's process dies, and another one goes on from what it wrote down.
+        Die {
+            lanes: u8,
+            forget: bool,
+            during: During,
+        },
+    }
+
+    /// What a dying process was about: so many of its words were still written down.
+    #[derive(Debug, Clone, Copy)]
+    enum During {
+        Nothing,
+        Progress(usize),
+        Ready(usize),
+        Frame,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -383,7 +437,18 @@ mod against_an_oracle {
                 .prop_map(|(lanes, flush_first, forget)| Step::Lose { lanes, flush_first, forget }),
             1 => lanes.clone().prop_map(|lanes| Step::HypervisorDies { lanes }),
             1 => Just(Step::Renew),
-            1 => lanes.prop_map(|lanes| Step::DiskReplaced { lanes }),
+            1 => lanes.clone().prop_map(|lanes| Step::DiskReplaced { lanes }),
+            3 => (lanes, any::<bool>(), during())
+                .prop_map(|(lanes, forget, during)| Step::Die { lanes, forget, during }),
+        ]
+    }
+
+    fn during() -> impl Strategy<Value = During> {
+        prop_oneof![
+            Just(During::Nothing),
+            (0usize..5).prop_map(During::Progress),
+            (0usize..40).prop_map(During::Ready),
+            Just(During::Frame),
         ]
     }
 
@@ -396,6 +461,8 @@ mod against_an_oracle {
     #[derive(Debug)]
     struct World {
         ledger: Ledger,
+        log: PlainLog,
+        specs: Vec<RegionSpec>,
         session: u64,
         incarnations: [u8; 3],
         clock: u64,
@@ -405,6 +472,8 @@ mod against_an_oracle {
         /// Dirty, as plainly as can be.
         dirty: BTreeSet<Block>,
         ever_sent: BTreeSet<Block>,
+        /// How many of them the process before this one had sent.
+        sent_before: u64,
         sent_blocks: u64,
         /// On the lanes: what each block had when it was read.
         wire: Vec<Vec<Vec<(Block, u64)>>>,
@@ -437,8 +506,13 @@ mod against_an_oracle {
                 .map(|(id, (kind, len))| region(id, kind, len))
                 .collect();
             let all: BTreeSet<Block> = (0..3).flat_map(all_blocks).collect();
+            let log = PlainLog::new(&specs);
+            let mut ledger = Ledger::new(&specs);
+            ledger.write_down(Box::new(log.clone())).unwrap();
             let mut world = Self {
-                ledger: Ledger::new(&specs),
+                ledger,
+                log,
+                specs,
                 session: 0,
                 incarnations: [1; 3],
                 clock: 1,
@@ -446,6 +520,7 @@ mod against_an_oracle {
                 zero_known: BTreeSet::new(),
                 dirty: all,
                 ever_sent: BTreeSet::new(),
+                sent_before: 0,
                 sent_blocks: 0,
                 wire: Vec::new(),
                 target: HashMap::new(),
@@ -542,7 +617,55 @@ mod against_an_oracle {
                     self.learn_dirty();
                     assert!(all_blocks(2).all(|block| self.dirty.contains(&block)));
                 }
+                Step::Die {
+                    lanes,
+                    forget,
+                    during,
+                } => self.die(lanes, forget, during),
             }
+        }
+
+        fn die(&mut self, lanes: u8, forget: bool, during: During) {
+            match during {
+                During::Nothing => {}
+                During::Progress(words) => {
+                    self.log.dies_after(words);
+                    self.ledger.on_progress(&self.claim()).unwrap();
+                }
+                During::Ready(words) => {
+                    self.log.dies_after(words);
+                    self.ledger.on_session_lost();
+                    self.connect(lanes, self.resume(forget));
+                }
+                // Written down as sent, and never sent.
+                During::Frame => drop(self.ledger.next_frame(Lane(0), None)),
+            }
+            let left = self.log.image();
+            self.log.dies_after(usize::MAX);
+            self.ledger = Ledger::restore(&self.specs, left, Box::new(self.log.clone())).unwrap();
+            self.sent_before = self.ever_sent.len() as u64;
+            self.sent_blocks = 0;
+            self.zero_known.clear();
+            self.connect(lanes, self.resume(forget));
+            self.learn_dirty();
+            if let During::Frame = during {
+                // It counts as sent, which nobody saw.
+                self.ever_sent = self.ever_sent_by_ledger();
+                self.sent_before = self.ever_sent.len() as u64;
+            }
+        }
+
+        fn ever_sent_by_ledger(&self) -> BTreeSet<Block> {
+            (0..3u16)
+                .flat_map(all_blocks)
+                .filter(|block| {
+                    let window = WindowIndex(u32::try_from(block.1 / 512).unwrap());
+                    let bit = u32::try_from(block.1 % 512).unwrap();
+                    self.ledger.regions[usize::from(block.0)]
+                        .sent_in(window)
+                        .contains(bit)
+                })
+                .collect()
         }
 
         fn write(&mut self, region: u16, at: u64, len: u64, zero: bool) {
@@ -662,7 +785,8 @@ mod against_an_oracle {
             }
             let counters = self.ledger.counters();
             assert_eq!(counters.blocks, self.sent_blocks);
-            assert_eq!(counters.distinct_blocks, self.ever_sent.len() as u64);
+            let new = self.ever_sent.len() as u64 - self.sent_before;
+            assert_eq!(counters.distinct_blocks, new);
             assert_eq!(self.ledger.is_clean(), self.dirty.is_empty());
             assert_eq!(
                 self.ledger.dirty(None).known_zero_blocks,

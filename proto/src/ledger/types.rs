@@ -140,6 +140,9 @@ pub enum LedgerError {
         /// Flushed, it says.
         flushed: FrameSeq,
     },
+    /// What an earlier process is said to have left is not what a ledger of this guest leaves.
+    #[error("the ledger that was left does not fit the guest: {0}")]
+    Image(&'static str),
     /// `Ready` does not name one incarnation per region.
     #[error("{got} incarnations for {expected} regions")]
     Incarnations {

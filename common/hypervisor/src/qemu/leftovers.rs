@@ -12,11 +12,19 @@ use super::nbd_server::{left_sockets, remove_left};
 use super::qmp::{Qmp, QmpError};
 use crate::error::GuestError;
 use crate::memory::ProcessMemory;
+use crate::open::Leftovers;
 
-/// Removes every export, bitmap and descriptor set that is named as ours.
-pub(super) async fn remove(qmp: &Qmp, process: &ProcessIdentity) -> Result<(), GuestError> {
+/// Removes every export and descriptor set that is named as ours, and the bitmaps unless the tracking is kept.
+pub(super) async fn remove(
+    qmp: &Qmp,
+    process: &ProcessIdentity,
+    left: Leftovers,
+) -> Result<(), GuestError> {
     let exports = remove_exports(qmp, process).await;
-    let bitmaps = remove_bitmaps(qmp).await;
+    let bitmaps = match left {
+        Leftovers::Remove => remove_bitmaps(qmp).await,
+        Leftovers::KeepTracking => Ok(()),
+    };
     let sets = remove_descriptor_sets(qmp).await;
     Ok(exports.and(bitmaps).and(sets)?)
 }

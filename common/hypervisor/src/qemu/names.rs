@@ -32,6 +32,13 @@ pub(super) fn bitmap(region: RegionId, round: u64) -> String {
     format!("{PREFIX}bitmap{}-{round}", region.0)
 }
 
+/// The rotation that a bitmap of `region` belongs to.
+pub(super) fn round_of(bitmap: &str, region: RegionId) -> Option<u64> {
+    let rest = bitmap.strip_prefix(PREFIX)?.strip_prefix("bitmap")?;
+    let (number, round) = rest.split_once('-')?;
+    (number.parse() == Ok(region.0)).then(|| round.parse().ok())?
+}
+
 /// Object without any function whose name tells a later agent which descriptor inside QEMU tracks its memory.
 pub(super) fn tracking_mark(descriptor: i32) -> String {
     format!("{PREFIX}userfaultfd{descriptor}")

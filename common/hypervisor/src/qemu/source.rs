@@ -31,7 +31,9 @@ use crate::error::GuestError;
 use crate::guest::{
     GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
 };
+use crate::marks::{MarkLog, TrackingLeft};
 use crate::memory::ProcessMemory;
+use crate::open::Leftovers;
 
 /// Longest wait for `stop`: it ends when the slowest disk request in flight has, and flushes the images.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
@@ -69,6 +71,14 @@ impl QemuSource {
     /// # Errors
     /// [`GuestError::Incompatible`] with every reason why this guest cannot be migrated.
     pub async fn attach(config: &SourceConfig) -> Result<Self, GuestError> {
+        Self::attach_with(config, Leftovers::Remove).await
+    }
+
+    /// As [`attach`](Self::attach), with a say in what becomes of the tracking that was left.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn attach_with(config: &SourceConfig, left: Leftovers) -> Result<Self, GuestError> {
         let path = config.qmp.as_ref().ok_or_else(|| {
             GuestError::Config(format!(
                 "guest file of {}: driver \"qemu\" needs `qmp = \"PATH\"`",
@@ -78,7 +88,7 @@ impl QemuSource {
         let qmp = Qmp::connect(path).await?;
         let machine = Machine::of(&qmp).await?;
         let link = Link::new(qmp, &machine, true)?;
-        leftovers::remove(&link.qmp, &link.identity()).await?;
+        leftovers::remove(&link.qmp, &link.identity(), left).await?;
         let (layout, changing, obstacles) = tokio::join!(
             Layout::of(&link.qmp),
             Changing::of(&link.qmp),
@@ -93,7 +103,12 @@ impl QemuSource {
         describe::refuse("this guest cannot be migrated", &refusals)?;
         let blocks = describe::memory(&spec, &layout);
         let mut memory = ProcessMemory::attach(&link.identity(), blocks)?;
-        leftovers::end_tracking(&link.qmp, &machine, &mut memory).await?;
+        match left {
+            Leftovers::Remove => {
+                leftovers::end_tracking(&link.qmp, &machine, &mut memory).await?;
+            }
+            Leftovers::KeepTracking => {}
+        }
         let disks = SourceDisks::new(describe::disks(&spec, &layout));
         Ok(Self {
             spec,
@@ -192,6 +207,15 @@ impl QemuSource {
         Ok(())
     }
 
+    /// Ends a tracking that an earlier agent left and that was not gone on with.
+    async fn end_left_tracking(&mut self) -> Result<(), GuestError> {
+        if self.tracking_mark.is_some() {
+            return Ok(());
+        }
+        let machine = Machine::of(&self.link.qmp).await?;
+        leftovers::end_tracking(&self.link.qmp, &machine, &mut self.memory).await
+    }
+
     async fn state(&self) -> Result<RunState, GuestError> {
         self.link.check_alive()?;
         let status = inventory::status(&self.link.qmp).await?;
@@ -260,8 +284,26 @@ impl SourceGuest for QemuSource {
         Ok(())
     }
 
+    fn keep_marks(&mut self, log: Arc<dyn MarkLog>) {
+        self.memory.keep_marks(Arc::clone(&log));
+        self.disks.keep_marks(log);
+    }
+
+    fn tracking(&self) -> Option<TrackingLeft> {
+        self.memory.tracking()
+    }
+
+    async fn resume_tracking(&mut self, left: &TrackingLeft) -> Result<(), GuestError> {
+        self.memory.resume(left).await?;
+        self.tracking_mark = Some(names::tracking_mark(left.descriptor));
+        self.disks.resume(&self.link.qmp).await
+    }
+
     async fn stop_tracking(&mut self) -> Result<(), GuestError> {
-        let memory = self.memory.stop_tracking().await;
+        let memory = match self.memory.stop_tracking().await {
+            Ok(()) => self.end_left_tracking().await,
+            failed => failed,
+        };
         if let Some(state) = self.pause.as_mut().and_then(|pause| pause.state.take()) {
             state.remove(&self.link.qmp).await;
         }

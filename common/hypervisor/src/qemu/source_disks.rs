@@ -27,6 +27,7 @@ use super::nbd_server::NbdServer;
 use super::qmp::{Qmp, QmpError};
 use crate::error::GuestError;
 use crate::guest::{Settlement, Taken};
+use crate::marks::MarkLog;
 
 /// The disks of mode `copy`.
 #[derive(Debug, Default)]
@@ -34,6 +35,7 @@ pub(super) struct SourceDisks {
     disks: Vec<SourceDisk>,
     server: Option<NbdServer>,
     tracking: bool,
+    log: Option<Arc<dyn MarkLog>>,
 }
 
 #[derive(Debug)]
@@ -92,7 +94,12 @@ impl SourceDisks {
             disks: disks.collect(),
             server: None,
             tracking: false,
+            log: None,
         }
+    }
+
+    pub(super) fn keep_marks(&mut self, log: Arc<dyn MarkLog>) {
+        self.log = Some(log);
     }
 
     pub(super) fn handle(&self, region: RegionId) -> Option<Arc<DiskHandle>> {
@@ -117,6 +124,35 @@ impl SourceDisks {
             let arguments = disk.bitmap_arguments();
             qmp.execute("block-dirty-bitmap-add", arguments).await?;
         }
+        self.tracking = true;
+        Ok(())
+    }
+
+    /// Goes on with the bitmaps that an earlier agent left: of each disk the newest is enabled or was about to be followed by
+    /// one. Those before it whose blocks are in the log are removed, all others are merged into it.
+    pub(super) async fn resume(&mut self, qmp: &Qmp) -> Result<(), GuestError> {
+        if self.disks.is_empty() {
+            self.tracking = true;
+            return Ok(());
+        }
+        let arguments = json!({ "flat": true });
+        let nodes = qmp.execute("query-named-block-nodes", arguments).await?;
+        let nodes = inventory::block_nodes(&nodes)?;
+        for disk in &mut self.disks {
+            let node = nodes.iter().find(|node| node.name == disk.node);
+            let bitmaps = node.map(|node| node.bitmaps.as_slice()).unwrap_or_default();
+            let rounds = bitmaps
+                .iter()
+                .filter_map(|(name, _)| names::round_of(name, disk.region));
+            let log = self.log.as_deref();
+            disk.adopt(
+                qmp,
+                rounds.collect(),
+                log.map(|log| log.last_rotation(disk.region)),
+            )
+            .await?;
+        }
+        self.open(qmp).await?;
         self.tracking = true;
         Ok(())
     }
@@ -174,7 +210,7 @@ impl SourceDisks {
             .disks
             .iter_mut()
             .filter(|disk| !disk.untold && (paused || disk.region == region))
-            .map(|disk| disk.turn(qmp, server, listed));
+            .map(|disk| disk.turn(qmp, server, listed, self.log.as_deref()));
         try_join_all(turns).await?;
         let disk = self.disks.iter_mut().find(|disk| disk.region == region);
         let disk = disk.ok_or_else(unknown)?;
@@ -245,6 +281,33 @@ impl SourceDisk {
         })
     }
 
+    async fn adopt(
+        &mut self,
+        qmp: &Qmp,
+        mut rounds: Vec<u64>,
+        logged: Option<u64>,
+    ) -> Result<(), GuestError> {
+        rounds.sort_unstable();
+        let Some(newest) = rounds.pop() else {
+            return Err(GuestError::Touched(format!(
+                "no bitmap of an earlier agent is on block node {} any more",
+                self.node
+            )));
+        };
+        self.round = newest;
+        self.untold = false;
+        self.disabled = rounds
+            .iter()
+            .map(|round| Disabled {
+                bitmap: names::bitmap(self.region, *round),
+                export: None,
+                done: logged.is_some_and(|logged| *round <= logged),
+            })
+            .collect();
+        // Between the merge of one bitmap and its removal its blocks are in both.
+        self.tidy(qmp).await
+    }
+
     /// The first take: everything is dirty, and what reads as zero is known from the image's map.
     async fn take_everything(&mut self) -> Result<Taken, GuestError> {
         let zero = self.handle.zeroes().await?;
@@ -303,6 +366,7 @@ impl SourceDisk {
         qmp: &Qmp,
         server: &NbdServer,
         listed: Option<&[Disk]>,
+        log: Option<&dyn MarkLog>,
     ) -> Result<(), GuestError> {
         if self.dirty_bytes(qmp, listed).await? == 0 {
             return Ok(());
@@ -313,6 +377,11 @@ impl SourceDisk {
             // What the bitmap holds is not known: everything, until it is settled.
             self.owed = Some(RegionBits::full(self.len));
         })?;
+        if let Some(log) = log {
+            log.found(self.region, &read);
+            // The bitmap before the one that is enabled now is the one that was read.
+            log.rotated(self.region, self.round - 1);
+        }
         if listed.is_none() {
             self.end_exports(qmp).await?;
         }

@@ -27,7 +27,7 @@ use crate::config::TargetConfig;
 use crate::error::GuestError;
 use crate::launch::{self, Watched};
 use crate::memory::ProcessMemory;
-use crate::open::TargetOptions;
+use crate::open::{Leftovers, TargetOptions};
 
 /// How long a launched QEMU may take until its QMP socket is there: memory may be preallocated.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
@@ -152,7 +152,7 @@ impl Copy {
                 process.pid
             )));
         }
-        leftovers::remove(&link.qmp, &process).await?;
+        leftovers::remove(&link.qmp, &process, Leftovers::Remove).await?;
         let (layout, obstacles) = tokio::join!(Layout::of(&link.qmp), Obstacles::of(&link.qmp));
         let (layout, obstacles) = (layout?, obstacles?);
         check_waiting(&obstacles)?;

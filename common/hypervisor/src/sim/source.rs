@@ -24,7 +24,9 @@ use crate::guest::{
     GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
 };
 use crate::launch::Watched;
+use crate::marks::{MarkLog, TrackingLeft};
 use crate::memory::ProcessMemory;
+use crate::open::Leftovers;
 
 /// How long a guest that was told to quit may take.
 const QUIT_LIMIT: Duration = Duration::from_secs(10);
@@ -43,6 +45,7 @@ pub struct SimSource {
     spec: GuestSpec,
     memory: ProcessMemory,
     disk: Option<SourceDisk>,
+    log: Option<Arc<dyn MarkLog>>,
     /// Count of starts at the pause.
     paused_at: Option<u64>,
 }
@@ -68,7 +71,7 @@ struct SavedState {
 
 impl SimSource {
     /// Attaches to the guest that `config` names.
-    pub async fn attach(config: &SourceConfig) -> Result<Self, GuestError> {
+    pub async fn attach(config: &SourceConfig, leftovers: Leftovers) -> Result<Self, GuestError> {
         let path = config.socket.as_ref().ok_or_else(|| {
             GuestError::Config(format!(
                 "guest {}: driver \"sim\" needs `socket = \"PATH\"`",
@@ -92,7 +95,10 @@ impl SimSource {
             (Some(_), DiskMode::Shared) | (None, _) => None,
         };
         let mut memory = describe::memory(&found, &identity)?;
-        remove_leftovers(&mut client, &mut memory, &found).await?;
+        match leftovers {
+            Leftovers::Remove => remove_leftovers(&mut client, &mut memory, &found).await?,
+            Leftovers::KeepTracking => {}
+        }
         Ok(Self {
             life: LifeWatch::start(path).await?,
             memory,
@@ -102,6 +108,7 @@ impl SimSource {
             found,
             mode,
             disk,
+            log: None,
             paused_at: None,
         })
     }
@@ -126,10 +133,19 @@ impl SimSource {
     }
 
     async fn take_disk(&mut self) -> Result<Taken, GuestError> {
-        let dirty: DirtyExtents = self.client.ask("take-disk-dirty", None).await?;
         let disk = self.disk.as_mut().ok_or_else(no_disk)?;
+        let all = 0..disk.owed.windows();
+        // The guest forgets its marks when it answers.
+        if let Some(log) = &self.log {
+            log.before(DISK, all.clone());
+        }
+        let dirty: DirtyExtents = self.client.ask("take-disk-dirty", None).await?;
         for (offset, len) in dirty.extents {
             disk.owed.insert_bytes(offset, len);
+        }
+        if let Some(log) = &self.log {
+            log.found(DISK, &disk.owed);
+            log.after(DISK, all, &[], &[]);
         }
         // Asked after the marks were taken: a block that is written later is marked again.
         let file = Arc::clone(&disk.file);
@@ -224,13 +240,32 @@ impl SourceGuest for SimSource {
         Ok(())
     }
 
+    fn keep_marks(&mut self, log: Arc<dyn MarkLog>) {
+        self.memory.keep_marks(Arc::clone(&log));
+        self.log = Some(log);
+    }
+
+    fn tracking(&self) -> Option<TrackingLeft> {
+        self.memory.tracking()
+    }
+
+    async fn resume_tracking(&mut self, left: &TrackingLeft) -> Result<(), GuestError> {
+        self.memory.resume(left).await?;
+        // The guest goes on marking by itself, and what was taken is in the log.
+        if let Some(disk) = &mut self.disk {
+            disk.owed.clear();
+        }
+        Ok(())
+    }
+
     async fn stop_tracking(&mut self) -> Result<(), GuestError> {
         let memory = self.memory.stop_tracking().await;
+        let left = remove_leftovers(&mut self.client, &mut self.memory, &self.found).await;
         let disk = match &self.disk {
             Some(_) => self.client.tell("stop-disk-tracking", None).await,
             None => Ok(()),
         };
-        match memory.and(disk) {
+        match memory.and(left).and(disk) {
             // A guest that is gone has no trace left in it.
             Err(GuestError::Gone(_)) => Ok(()),
             done => done,

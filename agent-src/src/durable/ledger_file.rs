@@ -1,0 +1,521 @@
+//! The mapped ledger: what is dirty, what is in flight, what the tracking has told, as words of a file.
+//!
+//! Owns the layout and, for each change, the order of its stores. Invariant: after any beginning of the stores the file
+//! says *dirty or in flight* of every block that is not safe at the destination. So marks are added before anything is taken
+//! away: a frame stands in its slot before its lane's number says so, and only then do its blocks cease to be dirty; the
+//! windows of a scan are named before it, and dirty until its result is here.
+//!
+//! ```text
+//! header | lanes (sent, applied, flushed) | regions (scan, rotation, incarnation) | dirty, sent, told by region | slots
+//! ```
+//!
+//! Frames in flight have a ring of slots per lane. One that finds its slot taken by a frame which is not settled
+//! leaves its blocks marked dirty here until all is settled: a later agent would send them once more, no more than that.
+
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use vmferry_hypervisor::MarkLog;
+use vmferry_proto::geometry::{RegionBits, RegionLen, WindowBits, WindowIndex, WindowRef};
+use vmferry_proto::ids::{FrameSeq, Incarnation, Lane, RegionId, SessionNumber};
+use vmferry_proto::ledger::{
+    FrameImage, LaneImage, LedgerImage, LedgerLog, SentFrame, SessionImage,
+};
+use vmferry_proto::limits::MAX_LANES;
+use vmferry_proto::spec::{RegionKind, RegionSpec};
+
+use super::words::Words;
+
+/// What the file begins with; the last digit is the layout's version.
+const MAGIC: u64 = u64::from_le_bytes(*b"vmfLedg1");
+/// Words of the header.
+const MAGIC_AT: usize = 0;
+const ID_AT: usize = 1;
+const SESSION_AT: usize = 3;
+const LANES_AT: usize = 4;
+/// Whether incarnations were told.
+const KNOWN_AT: usize = 5;
+const HEADER: usize = 8;
+/// Words of a lane: sent, applied, flushed.
+const LANE: usize = 3;
+/// Words of a region: windows of the scan under way, last rotation, incarnation.
+const REGION: usize = 4;
+/// Words of a slot: number, window, blocks.
+const SLOT: usize = 10;
+/// All slots: as many frames of a single block as the destination may leave unflushed (256 MiB), halved, since hardly ever are
+/// all so small.
+#[cfg(not(test))]
+const SLOTS: usize = 1 << 15;
+/// So few that tests meet a full ring.
+#[cfg(test)]
+const SLOTS: usize = 8;
+/// Words of a window in a set.
+const WINDOW: usize = 8;
+/// Marks a slot's window as one of a disk.
+const DISK_BIT: u64 = 1 << 63;
+
+/// Where a region's words are.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    kind: RegionKind,
+    len: RegionLen,
+    /// Its words in the table.
+    entry: usize,
+    dirty: usize,
+    sent: usize,
+    /// Memory only.
+    told: Option<usize>,
+}
+
+impl Place {
+    fn words(&self) -> usize {
+        self.len.windows() as usize * WINDOW
+    }
+}
+
+fn lay_out(regions: &[RegionSpec]) -> (Vec<Place>, usize) {
+    let table = HEADER + usize::from(MAX_LANES) * LANE;
+    let mut next = table + regions.len() * REGION;
+    let mut places = Vec::with_capacity(regions.len());
+    for (index, region) in regions.iter().enumerate() {
+        let words = region.len.windows() as usize * WINDOW;
+        let told = match region.kind {
+            RegionKind::Memory => Some(next + 2 * words),
+            RegionKind::Disk => None,
+        };
+        places.push(Place {
+            kind: region.kind,
+            len: region.len,
+            entry: table + index * REGION,
+            dirty: next,
+            sent: next + words,
+            told,
+        });
+        next += words * if told.is_some() { 3 } else { 2 };
+    }
+    (places, next)
+}
+
+/// The file, mapped.
+#[derive(Debug)]
+pub struct LedgerFile {
+    words: Words,
+    regions: Vec<Place>,
+    slots: usize,
+}
+
+impl LedgerFile {
+    /// Makes a ledger that holds nothing, whose space is reserved.
+    ///
+    /// # Errors
+    /// The file system.
+    pub fn create(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+        let (places, slots) = lay_out(regions);
+        let words = Words::create(path, slots + SLOTS * SLOT)?;
+        let file = Self {
+            words,
+            regions: places,
+            slots,
+        };
+        let (low, high) = halves(id);
+        file.words.set(ID_AT, low);
+        file.words.set(ID_AT + 1, high);
+        file.words.set(MAGIC_AT, MAGIC);
+        Ok(file)
+    }
+
+    /// Opens the ledger `id` of these regions.
+    ///
+    /// # Errors
+    /// There is none, or it is another file.
+    pub fn open(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+        let (places, slots) = lay_out(regions);
+        let words = Words::open(path, slots + SLOTS * SLOT)?;
+        let foreign = |text| io::Error::new(io::ErrorKind::InvalidData, text);
+        if words.get(MAGIC_AT) != MAGIC {
+            return Err(foreign("it is no ledger of this version"));
+        }
+        if (words.get(ID_AT), words.get(ID_AT + 1)) != halves(id) {
+            return Err(foreign("it is another ledger than the record names"));
+        }
+        Ok(Self {
+            words,
+            regions: places,
+            slots,
+        })
+    }
+
+    /// Takes for dirty what was being scanned when the process before this one died.
+    pub fn heal(&self) {
+        for place in &self.regions {
+            let scan = self.words.get(place.entry);
+            let windows = scan_of(scan);
+            let last = place.len.windows();
+            for window in windows.start.min(last)..windows.end.min(last) {
+                let all = place.len.all_of(WindowIndex(window));
+                self.add(place.dirty, window, &all);
+                if let Some(told) = place.told {
+                    self.add(told, window, &all);
+                }
+            }
+            self.words.set(place.entry, 0);
+        }
+    }
+
+    /// What the file holds, as a ledger is made from it.
+    #[must_use]
+    pub fn image(&self) -> LedgerImage {
+        let sets = |at: fn(&Place) -> usize| {
+            let set = |place: &Place| self.set_at(at(place), place.len);
+            self.regions.iter().map(set).collect()
+        };
+        LedgerImage {
+            dirty: sets(|place| place.dirty),
+            sent: sets(|place| place.sent),
+            incarnations: (self.words.get(KNOWN_AT) == 1).then(|| self.incarnations()),
+            session: self.session(),
+        }
+    }
+
+    fn set_at(&self, at: usize, len: RegionLen) -> RegionBits {
+        let mut set = RegionBits::empty(len);
+        for window in 0..len.windows() {
+            let first = at + window as usize * WINDOW;
+            let bits = WindowBits(std::array::from_fn(|word| self.words.get(first + word)));
+            set.insert(WindowIndex(window), &bits);
+        }
+        set
+    }
+
+    fn incarnations(&self) -> Vec<Incarnation> {
+        let of = |place: &Place| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&self.words.get(place.entry + 2).to_le_bytes());
+            bytes[8..].copy_from_slice(&self.words.get(place.entry + 3).to_le_bytes());
+            Incarnation::from_bytes(bytes)
+        };
+        self.regions.iter().map(of).collect()
+    }
+
+    fn session(&self) -> Option<SessionImage> {
+        let number = self.words.get(SESSION_AT);
+        let lanes = u8::try_from(self.words.get(LANES_AT)).unwrap_or(u8::MAX);
+        (number != 0).then(|| SessionImage {
+            number: SessionNumber(number),
+            lanes: (0..lanes.min(MAX_LANES))
+                .map(|lane| self.lane(Lane(lane), lanes))
+                .collect(),
+        })
+    }
+
+    fn lane(&self, lane: Lane, lanes: u8) -> LaneImage {
+        let at = lane_at(lane);
+        let [sent, applied, flushed] = [0, 1, 2].map(|word| FrameSeq(self.words.get(at + word)));
+        let mut frames: Vec<FrameImage> = self
+            .ring(lane, lanes)
+            .filter_map(|slot| self.slot(slot))
+            .filter(|(frame, _)| frame.seq <= sent)
+            .filter(|(frame, kind)| !is_settled(frame.seq, *kind, applied, flushed))
+            .map(|(frame, _)| frame)
+            .collect();
+        frames.sort_unstable_by_key(|frame| frame.seq);
+        LaneImage {
+            sent,
+            applied,
+            // Stored behind `applied`, so never above it.
+            flushed: flushed.min(applied),
+            frames,
+        }
+    }
+
+    /// First words of the slots of a lane.
+    fn ring(&self, lane: Lane, lanes: u8) -> impl Iterator<Item = usize> + use<> {
+        let each = SLOTS / usize::from(lanes.max(1));
+        let first = self.slots + usize::from(lane.0) * each * SLOT;
+        (0..each).map(move |slot| first + slot * SLOT)
+    }
+
+    fn slot(&self, at: usize) -> Option<(FrameImage, RegionKind)> {
+        let seq = self.words.get(at);
+        let place = self.words.get(at + 1);
+        let kind = if place & DISK_BIT == 0 {
+            RegionKind::Memory
+        } else {
+            RegionKind::Disk
+        };
+        let place = place & !DISK_BIT;
+        let frame = FrameImage {
+            seq: FrameSeq(seq),
+            at: WindowRef {
+                region: RegionId(u16::try_from(place >> 32).ok()?),
+                window: WindowIndex(u32::try_from(place & 0xffff_ffff).ok()?),
+            },
+            blocks: WindowBits(std::array::from_fn(|word| self.words.get(at + 2 + word))),
+        };
+        (seq != 0).then_some((frame, kind))
+    }
+
+    fn add(&self, set: usize, window: u32, bits: &WindowBits) {
+        let first = set + window as usize * WINDOW;
+        for (word, bits) in bits.0.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            self.words.add(first + word, *bits);
+        }
+    }
+
+    fn remove(&self, set: usize, window: u32, bits: &WindowBits) {
+        let first = set + window as usize * WINDOW;
+        for (word, bits) in bits.0.iter().enumerate() {
+            self.words.remove(first + word, *bits);
+        }
+    }
+
+    fn place(&self, region: RegionId) -> Option<&Place> {
+        self.regions.get(usize::from(region.0))
+    }
+
+    /// Writes a ledger's changes down; one at a time.
+    #[must_use]
+    pub fn writer(self: &Arc<Self>) -> LedgerWriter {
+        let mut writer = LedgerWriter {
+            last_disk: vec![FrameSeq(0); usize::from(MAX_LANES)],
+            spilt: vec![None; self.regions.len()],
+            lanes: u8::try_from(self.words.get(LANES_AT)).unwrap_or(MAX_LANES),
+            file: Arc::clone(self),
+        };
+        // Of frames without a slot nobody knows what they were: all of a restored lane counts.
+        for lane in (0..MAX_LANES).map(Lane) {
+            writer.last_disk[usize::from(lane.0)] = FrameSeq(self.words.get(lane_at(lane)));
+        }
+        writer
+    }
+}
+
+const fn lane_at(lane: Lane) -> usize {
+    HEADER + lane.0 as usize * LANE
+}
+
+fn halves(id: [u8; 16]) -> (u64, u64) {
+    let number = u128::from_le_bytes(id);
+    let low = u64::try_from(number & u128::from(u64::MAX)).unwrap_or_default();
+    (low, u64::try_from(number >> 64).unwrap_or_default())
+}
+
+fn is_settled(seq: FrameSeq, kind: RegionKind, applied: FrameSeq, flushed: FrameSeq) -> bool {
+    match kind {
+        RegionKind::Memory => seq <= applied,
+        RegionKind::Disk => seq <= flushed,
+    }
+}
+
+/// Windows of a scan in one word, so that they are stored together; an end of 0 is none.
+fn scan_word(windows: &Range<u32>) -> u64 {
+    u64::from(windows.start) << 32 | u64::from(windows.end)
+}
+
+fn scan_of(word: u64) -> Range<u32> {
+    let part = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or_default();
+    part(word >> 32)..part(word)
+}
+
+impl MarkLog for LedgerFile {
+    fn before(&self, region: RegionId, windows: Range<u32>) {
+        if let Some(place) = self.place(region) {
+            self.words.set(place.entry, scan_word(&windows));
+        }
+    }
+
+    fn after(&self, region: RegionId, windows: Range<u32>, dirty: &[u64], told: &[u64]) {
+        let Some(place) = self.place(region) else {
+            return;
+        };
+        let first = windows.start as usize * WINDOW;
+        let room = place.words().saturating_sub(first);
+        for (at, bits) in (place.dirty + first..).zip(dirty).take(room) {
+            self.words.add(at, *bits);
+        }
+        // Behind the marks: what is not told any more was marked, if it ever was told.
+        if let Some(set) = place.told {
+            for (at, bits) in (set + first..).zip(told).take(room) {
+                self.words.set(at, *bits);
+            }
+        }
+        self.words.set(place.entry, 0);
+    }
+
+    fn found(&self, region: RegionId, dirty: &RegionBits) {
+        if let Some(place) = self.place(region) {
+            for (window, bits) in dirty.iter() {
+                self.add(place.dirty, window.0, &bits.and(&place.len.all_of(window)));
+            }
+        }
+    }
+
+    fn rotated(&self, region: RegionId, round: u64) {
+        if let Some(place) = self.place(region) {
+            self.words.set(place.entry + 1, round);
+        }
+    }
+
+    fn told(&self, region: RegionId) -> Vec<u64> {
+        let Some((told, place)) = self
+            .place(region)
+            .and_then(|place| Some((place.told?, place)))
+        else {
+            return Vec::new();
+        };
+        (told..told + place.words())
+            .map(|at| self.words.get(at))
+            .collect()
+    }
+
+    fn last_rotation(&self, region: RegionId) -> u64 {
+        self.place(region)
+            .map_or(0, |place| self.words.get(place.entry + 1))
+    }
+}
+
+/// Writes the changes of one ledger down.
+#[derive(Debug)]
+pub struct LedgerWriter {
+    file: Arc<LedgerFile>,
+    lanes: u8,
+    /// Last frame of each lane that carried disk blocks.
+    last_disk: Vec<FrameSeq>,
+    /// Blocks that the file calls dirty only because their frame found no slot.
+    spilt: Vec<Option<RegionBits>>,
+}
+
+impl LedgerWriter {
+    /// Whether no frame is in flight or waits for a flush.
+    fn is_settled(&self) -> bool {
+        let words = &self.file.words;
+        (0..self.lanes).map(Lane).all(|lane| {
+            let at = lane_at(lane);
+            let last_disk = self.last_disk.get(usize::from(lane.0)).copied();
+            words.get(at + 1) == words.get(at)
+                && last_disk.is_none_or(|last| words.get(at + 2) >= last.0)
+        })
+    }
+
+    fn forget_spilt(&mut self) {
+        for (place, spilt) in self.file.regions.iter().zip(&mut self.spilt) {
+            for (window, bits) in spilt.take().iter().flat_map(RegionBits::iter) {
+                self.file.remove(place.dirty, window.0, &bits);
+            }
+        }
+    }
+
+    fn take_slot(&self, frame: &SentFrame) -> bool {
+        let Self { file, lanes, .. } = self;
+        let ring = SLOTS / usize::from((*lanes).max(1));
+        let number = usize::try_from(frame.seq.0 % ring.max(1) as u64).unwrap_or(0);
+        let Some(slot) = file.ring(frame.lane, *lanes).nth(number) else {
+            return false;
+        };
+        let at = lane_at(frame.lane);
+        let [applied, flushed] = [1, 2].map(|word| FrameSeq(file.words.get(at + word)));
+        let before = file.slot(slot);
+        if before.is_some_and(|(before, kind)| !is_settled(before.seq, kind, applied, flushed)) {
+            return false;
+        }
+        let disk = match frame.kind {
+            RegionKind::Memory => 0,
+            RegionKind::Disk => DISK_BIT,
+        };
+        let place = u64::from(frame.at.region.0) << 32 | u64::from(frame.at.window.0) | disk;
+        // What stands there is settled; while its number is zero nothing does.
+        file.words.set(slot, 0);
+        file.words.set(slot + 1, place);
+        for (word, bits) in frame.blocks.0.iter().enumerate() {
+            file.words.set(slot + 2 + word, *bits);
+        }
+        file.words.set(slot, frame.seq.0);
+        true
+    }
+}
+
+impl LedgerLog for LedgerWriter {
+    fn dirty(&mut self, at: WindowRef, blocks: &WindowBits) {
+        let index = usize::from(at.region.0);
+        let Some(place) = self.file.regions.get(index) else {
+            return;
+        };
+        let blocks = blocks.and(&place.len.all_of(at.window));
+        self.file.add(place.dirty, at.window.0, &blocks);
+        if let Some(Some(spilt)) = self.spilt.get_mut(index) {
+            spilt.remove(at.window, &blocks);
+        }
+    }
+
+    fn region_dirty(&mut self, region: RegionId) {
+        let Some(place) = self.file.place(region).copied() else {
+            return;
+        };
+        for window in (0..place.len.windows()).map(WindowIndex) {
+            self.dirty(WindowRef { region, window }, &WindowBits::FULL);
+        }
+    }
+
+    fn sent(&mut self, frame: &SentFrame) {
+        let index = usize::from(frame.at.region.0);
+        let Some(place) = self.file.regions.get(index).copied() else {
+            return;
+        };
+        let has_slot = self.take_slot(frame);
+        self.file.words.set(lane_at(frame.lane), frame.seq.0);
+        self.file.add(place.sent, frame.at.window.0, &frame.blocks);
+        if let (RegionKind::Disk, Some(last)) = (
+            place.kind,
+            self.last_disk.get_mut(usize::from(frame.lane.0)),
+        ) {
+            *last = frame.seq;
+        }
+        if has_slot {
+            self.file
+                .remove(place.dirty, frame.at.window.0, &frame.blocks);
+        } else if let Some(spilt) = self.spilt.get_mut(index) {
+            spilt
+                .get_or_insert_with(|| RegionBits::empty(place.len))
+                .insert(frame.at.window, &frame.blocks);
+        }
+    }
+
+    fn settled(&mut self, lane: Lane, applied: FrameSeq, flushed: FrameSeq) {
+        let at = lane_at(lane);
+        self.file.words.set(at + 1, applied.0);
+        self.file.words.set(at + 2, flushed.0);
+        if self.spilt.iter().any(Option::is_some) && self.is_settled() {
+            self.forget_spilt();
+        }
+    }
+
+    fn session(&mut self, session: SessionNumber, lanes: u8) {
+        let words = &self.file.words;
+        words.set(SESSION_AT, 0);
+        for lane in (0..MAX_LANES).map(Lane) {
+            (0..LANE).for_each(|word| words.set(lane_at(lane) + word, 0));
+        }
+        // The numbers begin again: a slot of the session before must not be taken for one of this.
+        (0..SLOTS).for_each(|slot| words.set(self.file.slots + slot * SLOT, 0));
+        words.set(LANES_AT, u64::from(lanes));
+        words.set(SESSION_AT, session.0);
+        self.lanes = lanes;
+        self.last_disk.fill(FrameSeq(0));
+        // Whatever of it is not safe was told as dirty.
+        self.forget_spilt();
+    }
+
+    fn incarnations(&mut self, all: &[Incarnation]) {
+        for (place, incarnation) in self.file.regions.iter().zip(all) {
+            let (low, high) = halves(*incarnation.as_bytes());
+            self.file.words.set(place.entry + 2, low);
+            self.file.words.set(place.entry + 3, high);
+        }
+        self.file.words.set(KNOWN_AT, 1);
+    }
+}
+
+#[cfg(test)]
+mod tests;

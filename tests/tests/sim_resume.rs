@@ -1,0 +1,249 @@
+//! Agents that are killed in the copy and come back: the same command goes on with what is left, and sends nothing again that was
+//! applied and is still clean.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use vmferry_tests::harness::process::{Finished, Running, descriptors};
+use vmferry_tests::harness::role::Role;
+use vmferry_tests::harness::stage::soon;
+use vmferry_tests::harness::{SimGuest, SimSpec, Stage};
+
+const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
+const END: Duration = Duration::from_secs(180);
+const VERIFY: [&str; 4] = ["--max-downtime", "20s", "--verify", "full"];
+/// Slow enough that a test can act in the middle of the copy; one lane, so that little is on its way at any moment.
+const SLOW: [&str; 6] = [
+    "--max-bandwidth",
+    "16MiB/s",
+    "--compress",
+    "off",
+    "--lanes",
+    "1",
+];
+/// What one lane may hold and send ahead of what is applied: its queue of frames, and what the transport takes.
+const ON_ITS_WAY: u64 = 12 << 20;
+
+const RAM: u64 = 64 << 20;
+const DISK: u64 = 32 << 20;
+
+/// A guest that stands at its work: whatever is sent twice is sent twice for nothing.
+fn idle() -> SimSpec {
+    SimSpec {
+        ram: RAM,
+        disk: DISK,
+        dirty_rate: 0,
+        disk_rate: 0,
+        content: "random",
+        fill: 100,
+        ..SimSpec::small("web")
+    }
+}
+
+fn busy() -> SimSpec {
+    SimSpec {
+        dirty_rate: 2 << 20,
+        working_set: 2 << 20,
+        disk_rate: 1 << 20,
+        ..idle()
+    }
+}
+
+fn slow_and_verified() -> Vec<&'static str> {
+    [&SLOW[..], &VERIFY].concat()
+}
+
+fn bytes_done(stage: &Stage) -> Option<u64> {
+    let status = stage.alpha.ask(Role::Source, "status", "web", &["--json"]);
+    status.ok()?.json().ok()?["bytes_done"].as_u64()
+}
+
+/// Until so many bytes are sent; returns how many it then were.
+fn wait_for_bytes(stage: &Stage, running: &mut Running, bytes: u64) -> u64 {
+    let seen = running.wait_for("the middle of the copy", END, |_, _| {
+        bytes_done(stage).filter(|done| *done > bytes)
+    });
+    seen.unwrap()
+}
+
+fn kill(running: Running) {
+    running.signal(Signal::KILL).unwrap();
+    running.wait(END).unwrap();
+}
+
+/// Kills the destination's agent and starts another one on the same port.
+fn replace_destination(stage: &mut Stage) {
+    let port = stage.agent.port;
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    assert!(soon(|| stage.agent.process.has_ended().unwrap()));
+    stage.agent = stage.beta.serve_at(port, &[]).unwrap();
+}
+
+fn file(stage: &Stage, name: &str) -> PathBuf {
+    stage.alpha.path(&format!("state/run/{name}"))
+}
+
+fn report(stage: &Stage, done: &Finished) -> Value {
+    println!("{}", done.stderr);
+    stage.expect_code(done, 0);
+    let report = done.json().unwrap();
+    assert_eq!(report["verified"]["mode"], "full", "{report}");
+    report
+}
+
+/// Prints what went over the wire twice, of `sent_before` bytes that an agent before this one had sent.
+fn resent(what: &str, report: &Value) -> u64 {
+    let again = report["resent_blocks"].as_u64().unwrap() * 4096;
+    let content = RAM + DISK;
+    println!(
+        "{what}: {again} of {content} bytes sent again ({:.3}); {} accounted for by this agent",
+        again as f64 / content as f64,
+        report["raw_bytes"]
+    );
+    again
+}
+
+fn moved(stage: &Stage, guest: &SimGuest) {
+    stage.expect_moved(guest);
+    for left in ["web.source.ledger", "web.source.tracking"] {
+        assert!(!file(stage, left).exists(), "{left} is left");
+    }
+}
+
+fn source_killed_at(bytes: u64) {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    let done = wait_for_bytes(&stage, &mut running, bytes);
+    kill(running);
+    guest.wait_for_beats(20).unwrap();
+    assert!(
+        !descriptors(guest.first_pid()).is_empty(),
+        "the guest is gone"
+    );
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    assert!(finished.stderr.contains("going on with what it left"));
+    let again = resent(&format!("source killed after {done} bytes"), &report);
+    assert!(again <= ON_ITS_WAY, "{again} bytes were sent again");
+    let raw = report["raw_bytes"].as_u64().unwrap();
+    assert!(raw <= RAM + DISK - done + ON_ITS_WAY, "{raw}");
+    moved(&stage, &guest);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_early_is_gone_on_with() {
+    source_killed_at(4 << 20);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_late_is_gone_on_with() {
+    source_killed_at(72 << 20);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_again_and_again_is_gone_on_with() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    for step in 1..4 {
+        let mut running = stage.begin(&guest, &slow_and_verified());
+        wait_for_bytes(&stage, &mut running, step * (20 << 20));
+        kill(running);
+    }
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    assert!(finished.stderr.contains("going on with what it left"));
+    resent("killed three times, busy guest", &report);
+    moved(&stage, &guest);
+}
+
+#[test]
+fn a_source_agent_that_is_killed_while_it_waits_for_the_trigger_is_gone_on_with() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    let manual = [&["--cutover", "manual"][..], &VERIFY].concat();
+    let mut running = stage.begin(&guest, &manual);
+    let seen = running.wait_for("converged", END, |_, _| {
+        let status = stage
+            .alpha
+            .ask(Role::Source, "status", "web", &["--json"])
+            .ok()?;
+        (status.json().ok()?["phase"] == "converged").then_some(())
+    });
+    seen.unwrap();
+    kill(running);
+    guest.wait_for_beats(20).unwrap();
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    assert!(finished.stderr.contains("going on with what it left"));
+    let raw = report["raw_bytes"].as_u64().unwrap();
+    println!("{raw} of {} bytes accounted for again", RAM + DISK);
+    assert!(raw < (RAM + DISK) / 2, "{raw}");
+    moved(&stage, &guest);
+}
+
+/// What was left is of no use for the reason that `spoil` makes: it is named, and the copy begins again.
+fn begins_again(why: &str, spoil: impl FnOnce(&Stage)) {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    wait_for_bytes(&stage, &mut running, 24 << 20);
+    kill(running);
+    spoil(&stage);
+    let finished = stage.migrate(&guest, &VERIFY);
+    report(&stage, &finished);
+    assert!(finished.stderr.contains(why), "{why:?} was not said");
+    moved(&stage, &guest);
+}
+
+#[test]
+fn a_lost_ledger_is_done_without() {
+    begins_again("No such file", |stage| {
+        std::fs::remove_file(file(stage, "web.source.ledger")).unwrap();
+    });
+}
+
+#[test]
+fn a_lost_record_is_done_without() {
+    begins_again("it left no ledger", |stage| {
+        std::fs::remove_file(file(stage, "web.source.tracking")).unwrap();
+    });
+}
+
+#[test]
+fn a_foreign_ledger_is_not_believed() {
+    begins_again("no ledger of this version", |stage| {
+        let path = file(stage, "web.source.ledger");
+        let len = std::fs::metadata(&path).unwrap().len();
+        std::fs::write(&path, vec![0x55; usize::try_from(len).unwrap()]).unwrap();
+    });
+}
+
+#[test]
+fn a_torn_record_is_not_believed() {
+    begins_again("is damaged", |stage| {
+        let path = file(stage, "web.source.tracking");
+        let bytes = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    });
+}
+
+#[test]
+fn both_agents_that_are_killed_are_gone_on_with() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    wait_for_bytes(&stage, &mut running, 40 << 20);
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    kill(running);
+    replace_destination(&mut stage);
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    assert!(finished.stderr.contains("going on with what it left"));
+    resent("both killed, busy guest", &report);
+    moved(&stage, &guest);
+}
