@@ -5,12 +5,14 @@
 //! (one that ran at the same time may have missed it, and its data would die with the hypervisor).
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
-use vmferry_proto::ids::{FrameSeq, Lane};
+use vmferry_proto::ids::{FrameSeq, Lane, SessionNumber};
 use vmferry_proto::message::LaneProgress;
 use vmferry_proto::spec::RegionKind;
+
+use crate::durable::Applied;
 
 /// Positions of all lanes of one session.
 #[derive(Debug)]
@@ -20,6 +22,8 @@ pub(crate) struct Board {
     changes: watch::Sender<u64>,
     /// Bytes of disk written since the last flush began.
     unflushed: AtomicU64,
+    /// Where a later agent finds the positions.
+    kept: Option<Arc<Applied>>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -67,6 +71,25 @@ impl Board {
             lanes: (0..lanes).map(|_| Mutex::default()).collect(),
             changes: watch::Sender::new(0),
             unflushed: AtomicU64::new(0),
+            kept: None,
+        }
+    }
+
+    /// As [`new`](Self::new), of `session`, with the positions noted in `kept`.
+    pub(crate) fn kept(session: SessionNumber, lanes: u8, kept: Option<Arc<Applied>>) -> Self {
+        if let Some(kept) = &kept {
+            kept.begin_session(session, lanes);
+        }
+        Self {
+            kept,
+            ..Self::new(lanes)
+        }
+    }
+
+    /// Under the lane's lock, so that positions are noted in their order.
+    fn note(&self, lane: Lane, position: &Position) {
+        if let Some(kept) = &self.kept {
+            kept.progress(lane, position.applied, position.flushed());
         }
     }
 
@@ -83,6 +106,7 @@ impl Board {
         {
             let mut position = lock(slot);
             position.apply(seq, kind);
+            self.note(lane, &position);
             if kind == RegionKind::Disk {
                 self.unflushed.fetch_add(bytes, Ordering::Relaxed);
             }
@@ -119,8 +143,10 @@ impl Board {
 
     /// To be called when the flush that `mark` was taken for has ended well.
     pub(crate) fn end_flush(&self, mark: &FlushMark) {
-        for (slot, seq) in self.lanes.iter().zip(&mark.0) {
-            lock(slot).cover(*seq);
+        for ((slot, seq), lane) in self.lanes.iter().zip(&mark.0).zip((0u8..).map(Lane)) {
+            let mut position = lock(slot);
+            position.cover(*seq);
+            self.note(lane, &position);
         }
         self.changes
             .send_modify(|count| *count = count.wrapping_add(1));

@@ -4,16 +4,20 @@
 //! set. A copy is complete when every block of every region was received at least once, as data or as zero; the order
 //! of later copies is the lanes' affair.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmferry_proto::geometry::{RegionBits, WindowBits, WindowIndex};
 use vmferry_proto::ids::{Incarnation, RegionId};
 use vmferry_proto::spec::GuestSpec;
 
+use crate::durable::Applied;
+
 /// Blocks received, by region.
 #[derive(Debug)]
 pub(crate) struct Coverage {
     regions: Vec<Mutex<Received>>,
+    /// Where a later agent finds the same.
+    kept: Option<Arc<Applied>>,
 }
 
 #[derive(Debug)]
@@ -50,14 +54,37 @@ impl Coverage {
                     })
                 })
                 .collect(),
+            kept: None,
         }
+    }
+
+    /// What an earlier agent had received, and noted in `kept`, of copies that were `incarnations`. All that is received is noted
+    /// there from here on.
+    pub(crate) fn kept(spec: &GuestSpec, incarnations: &[Incarnation], kept: Arc<Applied>) -> Self {
+        let mut coverage = Self::new(spec, incarnations);
+        for (slot, region) in coverage.regions.iter().zip(&spec.regions) {
+            if let Some(bits) = kept.received(region.id) {
+                lock(slot).bits.union(&bits);
+            }
+        }
+        coverage.kept = Some(kept);
+        coverage
+    }
+
+    /// Where it is noted for a later agent.
+    pub(crate) fn noted_in(&self) -> Option<Arc<Applied>> {
+        self.kept.clone()
     }
 
     /// Begins again with each region whose copy is a new one.
     pub(crate) fn renew(&self, incarnations: &[Incarnation]) {
-        for (slot, incarnation) in self.regions.iter().zip(incarnations) {
+        let regions = self.regions.iter().zip(incarnations);
+        for ((slot, incarnation), region) in regions.zip((0u16..).map(RegionId)) {
             let mut received = lock(slot);
             if received.incarnation != *incarnation {
+                if let Some(kept) = &self.kept {
+                    kept.forget(region);
+                }
                 received.incarnation = *incarnation;
                 received.bits.clear();
             }
@@ -68,6 +95,9 @@ impl Coverage {
     pub(crate) fn note(&self, region: RegionId, window: WindowIndex, bits: &WindowBits) {
         if let Some(slot) = self.regions.get(usize::from(region.0)) {
             lock(slot).bits.insert(window, bits);
+        }
+        if let Some(kept) = &self.kept {
+            kept.note(region, window, bits);
         }
     }
 

@@ -27,6 +27,7 @@ pub mod cli;
 pub mod command;
 pub mod config;
 mod coverage;
+mod durable;
 mod error;
 mod flusher;
 mod hooks;

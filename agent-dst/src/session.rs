@@ -262,7 +262,8 @@ impl Session {
 
     /// Begins to take frames for `sink`.
     pub(crate) fn begin_flow(&mut self, sink: Arc<Sink>, meter: Arc<Meter>) -> Arc<Board> {
-        let board = Arc::new(Board::new(self.hello.lanes));
+        let kept = sink.coverage().noted_in();
+        let board = Arc::new(Board::kept(self.number(), self.hello.lanes, kept));
         let stop = CancellationToken::new();
         let geometry = sink
             .spec()

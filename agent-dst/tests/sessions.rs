@@ -198,31 +198,30 @@ async fn a_question_settles_an_open_attempt_and_the_answer_stays() {
     site.still_serves().await;
 }
 
-#[tokio::test]
-async fn a_killed_agent_begins_the_copy_anew_and_ends_what_it_left() {
+/// Receives something, ends the agent as `end` does, and starts another one: it goes on with the copy.
+async fn the_next_agent_goes_on(end: impl AsyncFnOnce(&mut Site, &mut Client)) {
     let mut site = Site::new();
     let mut client = Client::welcome(&site, hello(1)).await;
     let before = client.offer().await;
-    assert_eq!(site.guests_alive().len(), 1);
-    site.kill_agent();
-    assert_eq!(
-        site.guests_alive().len(),
-        1,
-        "the guest does not die with the agent"
-    );
+    let frame = client.frame(0, 0, WindowBits::first(4), 1);
+    client.send_frame(frame).await;
+    client.expect_progress_of(Lane(0), FrameSeq(1)).await;
+    let guests = site.guests_alive();
+    assert_eq!(guests.len(), 1);
+    end(&mut site, &mut client).await;
+    drop(client);
+    assert_eq!(site.guests_alive(), guests, "it ended with the agent");
     site.start();
     let mut again = hello(1);
     again.session = SessionNumber(2);
     let mut client = Client::welcome(&site, again).await;
     let after = client.offer().await;
-    assert_eq!(after.resume, None);
-    assert!(
-        after
-            .incarnations
-            .iter()
-            .all(|new| !before.incarnations.contains(new))
-    );
-    assert_eq!(site.guests_alive().len(), 1, "the old copy is gone");
+    assert_eq!(after.incarnations, before.incarnations);
+    let resume = after.resume.unwrap();
+    assert_eq!(resume.session, SessionNumber(1));
+    assert_eq!(resume.lanes[0].applied, FrameSeq(1));
+    assert_eq!(resume.lanes[0].flushed, FrameSeq(1), "it was flushed");
+    assert_eq!(site.guests_alive(), guests);
     client
         .say(ToDestination::Cancel {
             reason: cancelled(),
@@ -231,6 +230,22 @@ async fn a_killed_agent_begins_the_copy_anew_and_ends_what_it_left() {
     client.expect_cancelled().await;
     drop(client);
     site.still_serves().await;
+}
+
+#[tokio::test]
+async fn what_a_killed_agent_received_is_gone_on_with() {
+    the_next_agent_goes_on(async |site, _| site.kill_agent()).await;
+}
+
+#[tokio::test]
+async fn a_stopped_agent_tells_its_sources_and_leaves_the_copy_to_the_next() {
+    the_next_agent_goes_on(async |site, client| {
+        site.terminate_agent();
+        client.expect_error(ErrorCode::ShuttingDown).await;
+        client.connection.close(0u32.into(), b"read");
+        assert_eq!(site.await_agent(), Some(0));
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -277,19 +292,6 @@ async fn a_hook_that_refuses_keeps_the_guest_out() {
     );
     site.write_hook("pause", "exit 0");
     site.still_serves().await;
-}
-
-#[tokio::test]
-async fn a_stopped_agent_tells_its_sources_and_leaves_nothing() {
-    let mut site = Site::new();
-    let mut client = Client::ready(&site, 1).await;
-    let frame = client.frame(0, 0, WindowBits::first(4), 1);
-    client.send_frame(frame).await;
-    site.terminate_agent();
-    client.expect_error(ErrorCode::ShuttingDown).await;
-    drop(client);
-    assert_eq!(site.await_agent(), Some(0));
-    site.is_clean().await;
 }
 
 #[tokio::test]

@@ -79,7 +79,13 @@ pub async fn take_over(
     guest: &mut dyn SourceGuest,
 ) -> Keeping {
     let taken = match left {
-        None => return Keeping { files, taken_over: None, about: None },
+        None => {
+            return Keeping {
+                files,
+                taken_over: None,
+                about: None,
+            };
+        }
         Some(Ok(left)) => left.take_over(guest).await,
         Some(Err(error)) => Err(error),
     };
@@ -99,7 +105,11 @@ pub async fn take_over(
             (None, text)
         }
     };
-    Keeping { files, taken_over, about: Some(about) }
+    Keeping {
+        files,
+        taken_over,
+        about: Some(about),
+    }
 }
 
 /// What an earlier agent left.

@@ -115,6 +115,8 @@ impl MigrateError {
         match self {
             Self::SessionLost(_) => true,
             Self::Connect(error) => error.is_lost_link(),
+            // Its copy stays: the agent may come back at once.
+            Self::Peer(error) => error.code == ErrorCode::ShuttingDown,
             _ => false,
         }
     }

@@ -6,7 +6,7 @@ use crate::geometry::RegionLen;
 use crate::ids::{GuestName, RegionId};
 
 /// A guest: what must be alike at both sides.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct GuestSpec {
     /// Name under which both sides know the guest.
     pub name: GuestName,
@@ -66,7 +66,7 @@ pub enum RegionKind {
 }
 
 /// A device of the guest.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct DeviceSpec {
     /// Where it is: a QOM path or id, the same at both sides.
     pub path: String,

@@ -8,6 +8,11 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
+use vmferry_common::ownership;
+use vmferry_common::state::StateDir;
+use vmferry_proto::handover::DestinationState;
+use vmferry_proto::spec::RunState;
+use vmferry_simguest::protocol::State;
 use vmferry_tests::harness::process::{Finished, Running, descriptors};
 use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::soon;
@@ -19,7 +24,7 @@ const VERIFY: [&str; 4] = ["--max-downtime", "20s", "--verify", "full"];
 /// Slow enough that a test can act in the middle of the copy; one lane, so that little is on its way at any moment.
 const SLOW: [&str; 6] = [
     "--max-bandwidth",
-    "16MiB/s",
+    "8MiB/s",
     "--compress",
     "off",
     "--lanes",
@@ -142,7 +147,7 @@ fn a_source_agent_that_is_killed_early_is_gone_on_with() {
 
 #[test]
 fn a_source_agent_that_is_killed_late_is_gone_on_with() {
-    source_killed_at(72 << 20);
+    source_killed_at(60 << 20);
 }
 
 #[test]
@@ -245,5 +250,142 @@ fn both_agents_that_are_killed_are_gone_on_with() {
     let report = report(&stage, &finished);
     assert!(finished.stderr.contains("going on with what it left"));
     resent("both killed, busy guest", &report);
+    moved(&stage, &guest);
+}
+
+#[test]
+fn a_destination_agent_that_is_killed_is_gone_on_with() {
+    for bytes in [8 << 20, 60 << 20] {
+        let mut stage = Stage::set(PROGRAMS);
+        let guest = stage.guest(idle());
+        let mut running = stage.begin(&guest, &slow_and_verified());
+        wait_for_bytes(&stage, &mut running, bytes);
+        replace_destination(&mut stage);
+        let done = running.wait(END).unwrap();
+        let report = report(&stage, &done);
+        assert!(report["sessions"].as_u64().unwrap() >= 2, "{report}");
+        let log = stage.agent_log();
+        assert!(log.contains("going on with the copy"), "{log}");
+        let again = resent("destination agent killed", &report);
+        assert!(again <= ON_ITS_WAY, "{again} bytes were sent again");
+        moved(&stage, &guest);
+    }
+}
+
+/// The guest's process at the destination.
+fn copies(stage: &Stage, guest: &SimGuest) -> Vec<u32> {
+    let mark = stage.beta.path(&format!("{}.sock", guest.name()));
+    vmferry_tests::harness::process::with_words(&mark.display().to_string())
+}
+
+#[test]
+fn a_destination_that_lost_agent_and_guest_keeps_what_its_disk_has() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    // Memory goes first: by now some of the disk is there, and flushed a second later.
+    wait_for_bytes(&stage, &mut running, RAM + (4 << 20));
+    let port = stage.agent.port;
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    assert!(soon(|| stage.agent.process.has_ended().unwrap()));
+    copies(&stage, &guest)
+        .into_iter()
+        .for_each(vmferry_tests::harness::process::kill);
+    stage.agent = stage.beta.serve_at(port, &[]).unwrap();
+    let done = running.wait(END).unwrap();
+    let report = report(&stage, &done);
+    let again = resent("destination agent and guest killed", &report);
+    assert!(again <= RAM + DISK / 2, "{again} bytes were sent again");
+    moved(&stage, &guest);
+}
+
+/// Brings a migration to where the destination is prepared, and kills both agents there.
+fn killed_when_prepared(stage: &mut Stage, guest: &SimGuest) {
+    let gate = stage.alpha.gate("load").unwrap();
+    let mut running = stage.begin(guest, &VERIFY);
+    gate.wait_reached(&mut running).unwrap();
+    let loaded = soon(|| {
+        guest
+            .client(&stage.beta)
+            .and_then(|mut client| Ok(client.status()?))
+            .is_ok_and(|status| status.state == State::Paused)
+    });
+    assert!(loaded, "{}", stage.agent_log());
+    kill(running);
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    assert!(soon(|| stage.agent.process.has_ended().unwrap()));
+}
+
+/// What an agent leaves that dies between its durable OWNED and the start.
+fn write_owned(stage: &Stage, guest: &SimGuest) {
+    let state = StateDir::open(&stage.beta.path("state")).unwrap();
+    let file = ownership::destination_file(&state, &guest.name().parse().unwrap());
+    let mut record = file.read().unwrap().unwrap();
+    let DestinationState::Opened { attempt } = record.state else {
+        panic!("{record:?}");
+    };
+    record.state = DestinationState::Owned {
+        attempt,
+        to: RunState::Running,
+        started: false,
+    };
+    file.write(&record).unwrap();
+}
+
+#[test]
+fn a_destination_agent_that_dies_before_the_start_starts_the_guest_when_it_is_back() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    killed_when_prepared(&mut stage, &guest);
+    write_owned(&stage, &guest);
+    // The source's copy is fenced: it is the destination's half that is looked at.
+    guest.end_on(&stage.alpha);
+    stage.agent = stage.beta.serve_at(stage.agent.port, &[]).unwrap();
+    let runs = soon(|| {
+        guest
+            .client(&stage.beta)
+            .and_then(|mut client| Ok(client.status()?))
+            .is_ok_and(|status| status.state == State::Running)
+    });
+    assert!(runs, "{}", stage.agent_log());
+    guest.wait_for_beats(20).unwrap();
+    guest.verify_on(&stage.beta).unwrap();
+    let owner = stage.beta.ask(Role::Destination, "owner", "web", &[]);
+    assert_eq!(owner.unwrap().code(), 0);
+}
+
+#[test]
+fn a_destination_agent_that_finds_its_guest_gone_says_so() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    killed_when_prepared(&mut stage, &guest);
+    write_owned(&stage, &guest);
+    copies(&stage, &guest)
+        .into_iter()
+        .for_each(vmferry_tests::harness::process::kill);
+    stage.agent = stage.beta.serve_at(stage.agent.port, &[]).unwrap();
+    let said = soon(|| {
+        stage
+            .agent_log()
+            .contains("an ordinary crash of that guest, whose images are here")
+    });
+    assert!(said, "{}", stage.agent_log());
+}
+
+#[test]
+fn a_copy_that_was_loaded_is_not_filled_on() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    killed_when_prepared(&mut stage, &guest);
+    stage.agent = stage.beta.serve_at(stage.agent.port, &[]).unwrap();
+    std::fs::remove_dir_all(stage.alpha.path("hooks")).unwrap();
+    std::fs::create_dir(stage.alpha.path("hooks")).unwrap();
+    // The attempt is rolled back, and the copy goes on with a fresh process there.
+    let done = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &done);
+    let log = stage.agent_log();
+    assert!(log.contains("cannot be filled on"), "{log}");
+    let again = resent("both killed when prepared", &report);
+    assert!(again <= RAM + ON_ITS_WAY, "{again} bytes were sent again");
     moved(&stage, &guest);
 }

@@ -5,6 +5,7 @@
 //! its back.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -14,12 +15,14 @@ use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
     DestinationAction, DestinationEnd, DestinationEvent, DestinationReport,
 };
-use vmferry_proto::ids::{Attempt, SessionNumber};
+use vmferry_proto::ids::{Attempt, Incarnation, SessionNumber};
 use vmferry_proto::message::{Ready, ToSource, Welcome};
+use vmferry_proto::spec::GuestSpec;
 
-use super::jobs::{self, Guest, Job, JobDone, NotStarted, Outcome, Then, Tools};
+use super::jobs::{self, Guest, Job, JobDone, Kept, NotStarted, Outcome, Then, Tools};
 use super::{Copied, LINGER, Migration};
 use crate::coverage::Coverage;
+use crate::durable::CopyFiles;
 use crate::receipt::{self, ReceiptContext};
 use crate::session::Opening;
 use crate::sink::Sink;
@@ -250,8 +253,8 @@ impl Migration {
                 if self.copy.is_some() {
                     self.retry_later();
                 } else {
-                    // An agent before this one held the copy: only its own monitor can say more.
-                    tracing::error!(%guest, "look at the guest's hypervisor: if it stands paused, let it go on by hand");
+                    // An agent before this one held the copy, and it could not be taken in hand: only its own monitor can say more.
+                    tracing::error!(%guest, "if the guest's hypervisor is there still, look at it: where it stands paused, let it go on by hand");
                     self.settle();
                 }
             }
@@ -275,6 +278,7 @@ impl Migration {
                 self.hooks.tell(Phase::Start);
                 self.hooks.tell(Phase::Release);
                 self.hooks.tell(Ending::Committed);
+                crate::durable::remove(&self.folder());
                 self.tracker.enter(Phase::Release);
             }
             DestinationEnd::Ended { reason } => {
@@ -314,14 +318,11 @@ impl Migration {
             hypervisors: self.host.hypervisors.clone(),
             config: self.config.clone(),
             options: TargetOptions {
-                run_dir: self
-                    .host
-                    .run_dir
-                    .join("guests")
-                    .join(self.config.name.as_str()),
+                run_dir: self.folder(),
             },
             hooks: self.hooks.clone(),
             spec: self.spec.clone(),
+            migration: self.handover.record().migration,
             leftover: self.leftover.clone(),
         };
         let (asking, guest) = match &job {
@@ -334,6 +335,12 @@ impl Migration {
         };
         self.asking = asking;
         self.job = Some(Box::pin(jobs::run(job, tools, guest)));
+    }
+
+    /// The folder of this guest's logs, sockets and notes.
+    fn folder(&self) -> PathBuf {
+        let guests = self.host.run_dir.join("guests");
+        guests.join(self.config.name.as_str())
     }
 
     pub(super) async fn on_job_done(&mut self, done: JobDone) {
@@ -450,9 +457,9 @@ impl Migration {
         }
     }
 
-    async fn on_copy_made(&mut self, guest: Guest, made: Result<(), WireError>) {
+    async fn on_copy_made(&mut self, guest: Guest, made: Result<Option<Kept>, WireError>) {
         let made = match made {
-            Ok(()) => self.keep_copy(guest),
+            Ok(kept) => self.keep_copy(guest, kept),
             Err(error) => {
                 if let Some(copy) = &mut self.copy {
                     // What is left of it is discarded in a moment.
@@ -471,6 +478,7 @@ impl Migration {
     fn keep_copy(
         &mut self,
         guest: Guest,
+        kept: Option<Kept>,
     ) -> Result<vmferry_proto::handover::ProcessRecord, WireError> {
         let internal = |what: &str| WireError::new(ErrorCode::Internal, what);
         let guest = guest.ok_or_else(|| internal("no copy was made"))?;
@@ -486,9 +494,10 @@ impl Migration {
         }
         let coverage = match &self.copy {
             Some(before) => before.coverage.clone(),
-            None => Arc::new(Coverage::new(&spec, &incarnations)),
+            None => Arc::new(self.coverage(&spec, &incarnations, kept)),
         };
         coverage.renew(&incarnations);
+        self.note_copy(&incarnations);
         let sink = Sink::new(spec, &*guest, coverage.clone());
         let sink =
             sink.map_err(|error| crate::error::guest_to_wire(&error, "the copy is not usable"))?;
@@ -503,6 +512,52 @@ impl Migration {
             guest: Some(guest),
         });
         Ok(crate::process::record(process))
+    }
+
+    /// What was received of a copy that is new to this agent: what one before it noted, else nothing.
+    fn coverage(
+        &mut self,
+        spec: &GuestSpec,
+        incarnations: &[Incarnation],
+        kept: Option<Kept>,
+    ) -> Coverage {
+        let migration = self.handover.record().migration;
+        let begun = match kept {
+            Some(Kept { files, resume }) => {
+                self.resume = self.resume.take().or(resume);
+                Ok(files)
+            }
+            None => CopyFiles::begin(&self.folder(), migration, spec),
+        };
+        match begun {
+            Ok(files) => {
+                let known = match files.record.incarnations.as_slice() {
+                    [] => incarnations,
+                    known => known,
+                };
+                let coverage = Coverage::kept(spec, known, files.applied.clone());
+                self.files = Some(files);
+                coverage
+            }
+            Err(error) => {
+                self.copy_not_noted(&error);
+                Coverage::new(spec, incarnations)
+            }
+        }
+    }
+
+    /// Writes down which copy the notes are of, behind their own change: what a new copy has not got is not noted any more.
+    fn note_copy(&mut self, incarnations: &[Incarnation]) {
+        let folder = self.folder();
+        if let Some(files) = &mut self.files
+            && let Err(error) = files.put_in_force(&folder, incarnations)
+        {
+            self.copy_not_noted(&error);
+        }
+    }
+
+    fn copy_not_noted(&self, error: &std::io::Error) {
+        tracing::warn!(guest = %self.config.name, %error, "should this agent be killed, the copy begins again");
     }
 
     async fn on_started(&mut self, started: Result<u64, NotStarted>) {

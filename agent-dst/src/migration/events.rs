@@ -283,10 +283,17 @@ impl Migration {
 
     async fn on_shut_down(&mut self) {
         self.shutting_down = true;
-        self.give_up(shutting_down()).await;
+        self.drop_receipt();
+        // An attempt that is open ends here; the copy waits for the next agent, which goes on with it.
+        self.feed(DestinationEvent::AttemptFailed {
+            reason: shutting_down(),
+        })
+        .await;
+        Box::pin(self.stop_asking(&shutting_down())).await;
         // What is owned stays; its source hears the outcome when it asks again.
-        self.end_session(None).await;
-        self.over |= self.handover.is_owned() || self.handover.is_ended();
+        let last_word = (!self.handover.is_owned()).then(shutting_down);
+        self.end_session(last_word.as_ref()).await;
+        self.over |= !self.handover.is_starting();
     }
 
     /// The peer broke the protocol: it hears why, and the migration ends here while that is possible.
@@ -350,7 +357,7 @@ impl Migration {
 }
 
 /// Whether two offers are of one guest. Its run state may change while it is copied.
-fn same_guest(a: &GuestSpec, b: &GuestSpec) -> bool {
+pub(super) fn same_guest(a: &GuestSpec, b: &GuestSpec) -> bool {
     let mut b = b.clone();
     b.run_state = a.run_state;
     *a == b

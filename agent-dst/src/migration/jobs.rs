@@ -9,15 +9,17 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::config::TargetConfig;
-use vmferry_hypervisor::open::{Hypervisors, TargetOptions};
+use vmferry_hypervisor::open::{CopyLeft, Hypervisors, Reopening, TargetOptions};
 use vmferry_hypervisor::{GuestError, StartError, TargetGuest};
-use vmferry_proto::error::WireError;
+use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{ProcessRecord, RunPermit};
-use vmferry_proto::ids::{Attempt, SessionNumber};
-use vmferry_proto::message::PrepareTiming;
-use vmferry_proto::spec::{GuestSpec, RunState};
+use vmferry_proto::ids::{Attempt, MigrationId, SessionNumber};
+use vmferry_proto::message::{PrepareTiming, ResumePoint};
+use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
+use super::events::same_guest;
 use crate::board::Board;
+use crate::durable::CopyFiles;
 use crate::error::{chain, guest_to_wire};
 use crate::flusher;
 use crate::hooks::Hooks;
@@ -74,10 +76,17 @@ pub(super) enum Outcome {
     },
     /// Or not: the flush before the load tells, and the session's own flusher.
     FlushedAhead(Then),
-    CopyMade(Result<(), WireError>),
+    CopyMade(Result<Option<Kept>, WireError>),
     Loaded(Result<PrepareTiming, WireError>),
     Started(Result<u64, NotStarted>),
     Discarded(Result<(), WireError>),
+}
+
+/// What an earlier agent noted of a copy that is gone on with, or of one whose disks are.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) files: CopyFiles,
+    pub(super) resume: Option<ResumePoint>,
 }
 
 /// A start that failed.
@@ -96,6 +105,7 @@ pub(super) struct Tools {
     pub(super) options: TargetOptions,
     pub(super) hooks: Hooks,
     pub(super) spec: Option<Arc<GuestSpec>>,
+    pub(super) migration: MigrationId,
     pub(super) leftover: Option<ProcessRecord>,
 }
 
@@ -118,22 +128,38 @@ pub(super) async fn run(job: Job, tools: Tools, mut guest: Guest) -> JobDone {
         Job::Load { received, began } => {
             Outcome::Loaded(load(guest.as_deref_mut(), &received, began).await)
         }
-        Job::Start { permit, to } => {
-            Outcome::Started(start(guest.as_deref_mut(), permit, to).await)
-        }
+        Job::Start { permit, to } => Outcome::Started(start(&tools, &mut guest, permit, to).await),
         Job::Discard => Outcome::Discarded(discard(&tools, &mut guest).await),
     };
     JobDone { guest, outcome }
 }
 
-async fn make_copy(tools: &Tools, guest: &mut Guest, renew: bool) -> Result<(), WireError> {
+async fn make_copy(
+    tools: &Tools,
+    guest: &mut Guest,
+    renew: bool,
+) -> Result<Option<Kept>, WireError> {
     let failed = |error: GuestError| guest_to_wire(&error, "the guest's copy cannot be prepared");
     if let Some(used) = guest.as_mut() {
-        return if renew {
-            used.renew().await.map_err(failed)
-        } else {
-            Ok(())
-        };
+        if renew {
+            used.renew().await.map_err(failed)?;
+        }
+        return Ok(None);
+    }
+    let spec = tools
+        .spec
+        .as_deref()
+        .ok_or_else(|| missing("description of the guest"))?;
+    let left = what_was_left(tools, spec);
+    if let Some(files) = left.as_ref()
+        && let Some(found) = reopen_to_fill(tools, spec, files).await
+    {
+        *guest = Some(found);
+        return Ok(left.map(|files| Kept {
+            // It was flushed just now.
+            resume: files.applied.resume_point(true),
+            files,
+        }));
     }
     end_leftover(tools).await.map_err(failed)?;
     let folder = &tools.options.run_dir;
@@ -143,17 +169,79 @@ async fn make_copy(tools: &Tools, guest: &mut Guest, renew: bool) -> Result<(), 
             source,
         })
     })?;
-    let spec = tools
-        .spec
-        .as_ref()
-        .ok_or_else(|| missing("description of the guest"))?;
     let opened = tools
         .hypervisors
         .open_target(&tools.config, spec, &tools.options)
         .await
         .map_err(failed)?;
-    *guest = Some(opened);
-    Ok(())
+    let opened = guest.insert(opened);
+    Ok(left.map(|files| keep_disks(&mut **opened, spec, files)))
+}
+
+/// The notes of an agent before this one, if it was this guest that it received.
+fn what_was_left(tools: &Tools, spec: &GuestSpec) -> Option<CopyFiles> {
+    let process = tools.leftover.as_ref()?;
+    let guest = &tools.config.name;
+    match CopyFiles::find(&tools.options.run_dir, tools.migration) {
+        Ok(files) if same_guest(&files.record.spec, spec) => Some(files),
+        Ok(_) => {
+            tracing::warn!(%guest, "the guest is not the one that an agent before this one received: its copy is made anew");
+            None
+        }
+        Err(error) => {
+            tracing::warn!(%guest, pid = process.pid, "the copy that an agent before this one made is not gone on with: {}", chain(&error));
+            None
+        }
+    }
+}
+
+/// The copy that an agent before this one made, flushed; `None` where it cannot be filled on.
+async fn reopen_to_fill(
+    tools: &Tools,
+    spec: &GuestSpec,
+    files: &CopyFiles,
+) -> Option<Box<dyn TargetGuest>> {
+    let left = CopyLeft {
+        process: crate::process::identity(tools.leftover.as_ref()?),
+        incarnations: files.record.incarnations.clone(),
+        purpose: Reopening::Fill,
+    };
+    let Tools {
+        config, options, ..
+    } = tools;
+    let found = match tools
+        .hypervisors
+        .reopen_target(config, spec, options, &left)
+        .await
+    {
+        Ok(mut found) => found.flush().await.map(|()| found),
+        Err(error) => Err(error),
+    };
+    let (guest, pid) = (&config.name, left.process.pid);
+    match found {
+        Ok(found) => {
+            tracing::info!(%guest, pid, "going on with the copy that an agent before this one made");
+            Some(found)
+        }
+        Err(error) => {
+            tracing::warn!(%guest, pid, "the copy that an agent before this one made cannot be filled on: {}", chain(&error));
+            None
+        }
+    }
+}
+
+/// A new process on the images of the old one: its memory begins with nothing, and its disks hold what was flushed.
+fn keep_disks(opened: &mut dyn TargetGuest, spec: &GuestSpec, files: CopyFiles) -> Kept {
+    for (region, incarnation) in spec.regions.iter().zip(&files.record.incarnations) {
+        match region.kind {
+            RegionKind::Disk => opened.keep_incarnation(region.id, *incarnation),
+            RegionKind::Memory => {}
+        }
+    }
+    Kept {
+        resume: files.applied.resume_point(false),
+        files,
+    }
 }
 
 async fn load(
@@ -177,17 +265,20 @@ async fn load(
 
 /// Microseconds that the start took.
 async fn start(
-    guest: Option<&mut (dyn TargetGuest + 'static)>,
+    tools: &Tools,
+    guest: &mut Guest,
     permit: RunPermit,
     to: RunState,
 ) -> Result<u64, NotStarted> {
     let began = Instant::now();
-    let Some(guest) = guest else {
+    let uncertain = |reason| NotStarted {
+        never_ran: false,
+        reason,
+    };
+    let guest = match guest {
+        Some(guest) => guest,
         // An agent before this one had the copy: whether it sent the start is not known.
-        return Err(NotStarted {
-            never_ran: false,
-            reason: missing("copy of the guest, which an agent before this one held"),
-        });
+        None => guest.insert(reopen_to_start(tools).await.map_err(uncertain)?),
     };
     let doing = "the guest cannot be started";
     match guest.start(permit, to).await {
@@ -201,6 +292,46 @@ async fn start(
             reason: guest_to_wire(&error, doing),
         }),
     }
+}
+
+/// The loaded guest that an agent before this one left.
+async fn reopen_to_start(tools: &Tools) -> Result<Box<dyn TargetGuest>, WireError> {
+    let Tools {
+        config, options, ..
+    } = tools;
+    let process = tools
+        .leftover
+        .as_ref()
+        .ok_or_else(|| missing("copy of the guest"))?;
+    let files = CopyFiles::find(&options.run_dir, tools.migration).map_err(|error| {
+        WireError::new(
+            ErrorCode::Journal,
+            format!(
+                "the guest in process {} cannot be taken in hand: {}",
+                process.pid,
+                chain(&error)
+            ),
+        )
+    })?;
+    let left = CopyLeft {
+        process: crate::process::identity(process),
+        incarnations: files.record.incarnations,
+        purpose: Reopening::Start,
+    };
+    let found = tools
+        .hypervisors
+        .reopen_target(config, &files.record.spec, options, &left)
+        .await;
+    found.map_err(|error| {
+        if tools.hypervisors.is_alive(&left.process) {
+            return guest_to_wire(&error, "the loaded guest cannot be taken in hand");
+        }
+        let detail = format!(
+            "process {}, which held the guest, has ended: an ordinary crash of that guest, whose images are here and flushed; boot it from them",
+            process.pid
+        );
+        WireError::new(ErrorCode::Hypervisor, detail)
+    })
 }
 
 async fn discard(tools: &Tools, guest: &mut Guest) -> Result<(), WireError> {
@@ -256,10 +387,7 @@ fn remove_stale_sockets(tools: &Tools) {
 }
 
 fn missing(what: &str) -> WireError {
-    WireError::new(
-        vmferry_proto::error::ErrorCode::Internal,
-        format!("there is no {what} here"),
-    )
+    WireError::new(ErrorCode::Internal, format!("there is no {what} here"))
 }
 
 fn micros(since: Instant) -> u64 {

@@ -27,6 +27,7 @@ use vmferry_proto::spec::GuestSpec;
 
 use crate::board::Board;
 use crate::coverage::Coverage;
+use crate::durable::CopyFiles;
 use crate::hooks::{Hooks, Teller};
 use crate::host::Host;
 use crate::receipt::{ReceiptError, ReceiptHandle, Received};
@@ -92,6 +93,8 @@ struct Migration {
     tracker: Arc<Tracker>,
     handover: DestinationHandover,
     leftover: Option<ProcessRecord>,
+    /// What is noted of the copy for a later agent.
+    files: Option<CopyFiles>,
     requests: mpsc::Receiver<Request>,
     spec: Option<Arc<GuestSpec>>,
     copy: Option<Copied>,
@@ -179,6 +182,7 @@ impl Migration {
             tracker: parts.tracker,
             handover: parts.handover,
             leftover: parts.leftover,
+            files: None,
             requests,
             spec: None,
             copy: None,

@@ -1,11 +1,10 @@
 //! The words of the mapped ledger, and the order in which they reach it.
 //!
-//! Owns single stores. Each is one atomic operation with release order, so a process that is killed between any two leaves
-//! a beginning of their sequence; what that must mean is `ledger_file`'s.
+//! Owns nothing but a test's way to die between any two of them. Each store is one atomic operation with release order, so a
+//! process that is killed leaves a beginning of their sequence; what that must mean is `ledger_file`'s.
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use vmferry_memtrack::SharedWords;
 
@@ -37,6 +36,7 @@ impl Words {
 
     #[cfg(test)]
     fn is_dead(&self) -> bool {
+        use std::sync::atomic::Ordering;
         let burnt = self
             .fuse
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
@@ -51,37 +51,25 @@ impl Words {
         false
     }
 
-    /// Zero outside.
     pub(super) fn get(&self, at: usize) -> u64 {
-        let word = self.shared.words().get(at);
-        word.map_or(0, |word| word.load(Ordering::Acquire))
+        self.shared.get(at)
     }
 
     pub(super) fn set(&self, at: usize, value: u64) {
-        if let Some(word) = self.shared.words().get(at)
-            && !self.is_dead()
-        {
-            word.store(value, Ordering::Release);
+        if !self.is_dead() {
+            self.shared.set(at, value);
         }
     }
 
-    /// Adds bits; stores nothing where they are there.
     pub(super) fn add(&self, at: usize, bits: u64) {
-        if self.get(at) & bits != bits
-            && let Some(word) = self.shared.words().get(at)
-            && !self.is_dead()
-        {
-            word.fetch_or(bits, Ordering::AcqRel);
+        if !self.is_dead() {
+            self.shared.add(at, bits);
         }
     }
 
-    /// Takes bits away.
     pub(super) fn remove(&self, at: usize, bits: u64) {
-        if self.get(at) & bits != 0
-            && let Some(word) = self.shared.words().get(at)
-            && !self.is_dead()
-        {
-            word.fetch_and(!bits, Ordering::AcqRel);
+        if !self.is_dead() {
+            self.shared.remove(at, bits);
         }
     }
 }

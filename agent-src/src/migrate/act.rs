@@ -59,7 +59,10 @@ impl Migration {
             SourceAction::Send(message) => self.say(&message).await,
             SourceAction::PauseGuest { attempt } => Some(self.pause_guest(attempt).await),
             SourceAction::StreamFinal { attempt, run_state } => {
-                Some(self.flight(attempt, run_state).await)
+                self.prepared_early = None;
+                let ended = self.flight(attempt, run_state).await;
+                self.events.push_back(ended);
+                self.prepared_early.take()
             }
             // What is queued on the lanes may go on: it is re-armed memory, and a write since marks it again.
             SourceAction::StopStream => None,

@@ -164,6 +164,11 @@ impl Migration {
             Input::Peer(message @ (ToSource::Digests(_) | ToSource::Complete { .. })) => {
                 Ok(Some(message))
             }
+            // While a hook of phase `load` is asked here: the machine hears it behind the end of the flight.
+            Input::Peer(message @ ToSource::Prepared(_)) => {
+                self.prepared_early = self.handover_input(Input::Peer(message));
+                Ok(None)
+            }
             other => match self.handover_input(other) {
                 Some(event) => Err(Grounded::Event(event)),
                 None => Ok(None),

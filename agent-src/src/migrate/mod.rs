@@ -75,6 +75,8 @@ pub struct Migration {
     session: Option<Session>,
     handover: SourceHandover,
     events: VecDeque<SourceEvent>,
+    /// `Prepared` that came while the flight was still under way here.
+    prepared_early: Option<SourceEvent>,
     journal: RecordFile<SourceRecord>,
     timers: Timers,
     commands: mpsc::Receiver<Command>,
@@ -188,7 +190,8 @@ impl Migration {
             .map(|region| guest.reader(region.id))
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| MigrateError::Internal("a region has no reader".to_owned()))?;
-        let (durable, taken_over) = keeping.map_or((None, None), |kept| (Some(kept.files), kept.taken_over));
+        let (durable, taken_over) =
+            keeping.map_or((None, None), |kept| (Some(kept.files), kept.taken_over));
         let tracking = taken_over.is_some();
         let ledger = taken_over.unwrap_or_else(|| Ledger::new(&spec.regions));
         let stats = Stats::new(spec, options.verify);
@@ -209,6 +212,7 @@ impl Migration {
             session: None,
             handover,
             events: VecDeque::new(),
+            prepared_early: None,
             journal,
             timers: Timers::default(),
             commands,
@@ -366,7 +370,10 @@ impl Migration {
                 "an attempt was rolled back without a reason",
             )
         });
-        let passing = matches!(reason.code, ErrorCode::LinkLost | ErrorCode::TimedOut);
+        let passing = matches!(
+            reason.code,
+            ErrorCode::LinkLost | ErrorCode::TimedOut | ErrorCode::ShuttingDown
+        );
         if !passing || self.rolled_back >= MAX_ATTEMPTS {
             return Err(MigrateError::RolledBack(reason));
         }

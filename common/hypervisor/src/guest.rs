@@ -94,6 +94,9 @@ pub trait TargetGuest: Send + std::fmt::Debug {
     /// Incarnations of the regions' copies, in order of id.
     fn incarnations(&self) -> Vec<Incarnation>;
 
+    /// Says that the content of `region` is that of an earlier copy of this incarnation: a disk whose image is the same one.
+    fn keep_incarnation(&mut self, region: RegionId, incarnation: Incarnation);
+
     /// Makes everything written to the disks durable as far as `start` needs it: called once, complete, before the load.
     async fn flush(&mut self) -> Result<(), GuestError>;
 

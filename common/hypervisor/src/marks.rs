@@ -2,7 +2,7 @@
 //!
 //! Owns the contract between a driver, which takes dirty marks out of a hypervisor, and whoever keeps what was taken. The
 //! kernel and the hypervisor forget a mark in the moment in which they report it, so it must be in other hands before the
-//! next moment: what is about to be taken is told first, and counts as dirty until its result was told (`[COPY-2]`).
+//! next moment: what is about to be taken is told first, and counts as dirty until its result was told (`[WIRE-37]`).
 
 use std::fmt::Debug;
 use std::ops::Range;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use vmferry_common::process::ProcessIdentity;
+use vmferry_proto::ids::Incarnation;
 use vmferry_proto::spec::GuestSpec;
 
 use crate::config::{DriverKind, SourceConfig, TargetConfig};
@@ -61,6 +62,44 @@ pub async fn open_target(
     }
 }
 
+/// A copy that an earlier agent made in a process which outlived it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CopyLeft {
+    /// The process.
+    pub process: ProcessIdentity,
+    /// Incarnations of its regions.
+    pub incarnations: Vec<Incarnation>,
+    /// What it is wanted for.
+    pub purpose: Reopening,
+}
+
+/// What a copy is attached to again for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reopening {
+    /// To go on filling it: no device state was ever given to it.
+    Fill,
+    /// To start it: its device state is loaded, or it was started already.
+    Start,
+}
+
+/// Attaches again to the copy that an earlier agent made for `spec`. [`GuestError::Gone`] if its process is not there any more;
+/// an error also where it is not in the state that its purpose needs. It is not ended then.
+pub async fn reopen_target(
+    config: &TargetConfig,
+    spec: &GuestSpec,
+    options: &TargetOptions,
+    left: &CopyLeft,
+) -> Result<Box<dyn TargetGuest>, GuestError> {
+    match config.driver {
+        DriverKind::Qemu => Ok(Box::new(
+            QemuTarget::reopen(config, spec, options, left).await?,
+        )),
+        DriverKind::Sim => Ok(Box::new(
+            SimTarget::reopen(config, spec, options, left).await?,
+        )),
+    }
+}
+
 /// The hypervisors of a destination host, as its agent sees them: the drivers of this table, or whatever stands for them.
 #[async_trait]
 pub trait Hypervisors: Send + Sync + fmt::Debug {
@@ -70,6 +109,15 @@ pub trait Hypervisors: Send + Sync + fmt::Debug {
         config: &TargetConfig,
         spec: &GuestSpec,
         options: &TargetOptions,
+    ) -> Result<Box<dyn TargetGuest>, GuestError>;
+
+    /// [`reopen_target`].
+    async fn reopen_target(
+        &self,
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+        left: &CopyLeft,
     ) -> Result<Box<dyn TargetGuest>, GuestError>;
 
     /// Whether a hypervisor's process still runs. What cannot be told counts as running: it is looked at again when
@@ -93,6 +141,16 @@ impl Hypervisors for Drivers {
         options: &TargetOptions,
     ) -> Result<Box<dyn TargetGuest>, GuestError> {
         open_target(config, spec, options).await
+    }
+
+    async fn reopen_target(
+        &self,
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+        left: &CopyLeft,
+    ) -> Result<Box<dyn TargetGuest>, GuestError> {
+        reopen_target(config, spec, options, left).await
     }
 
     fn is_alive(&self, process: &ProcessIdentity) -> bool {

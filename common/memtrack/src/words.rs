@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::{NonNull, null_mut};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -78,9 +78,39 @@ impl SharedWords {
         Ok(Self { base, words })
     }
 
-    /// The words.
+    /// A word; zero outside.
     #[must_use]
-    pub fn words(&self) -> &[AtomicU64] {
+    pub fn get(&self, at: usize) -> u64 {
+        let word = self.words().get(at);
+        word.map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    /// Stores a word, behind everything that was stored before. Nothing happens outside, here and below.
+    pub fn set(&self, at: usize, value: u64) {
+        if let Some(word) = self.words().get(at) {
+            word.store(value, Ordering::Release);
+        }
+    }
+
+    /// Adds bits to a word; where they are there, nothing is stored.
+    pub fn add(&self, at: usize, bits: u64) {
+        if let Some(word) = self.words().get(at)
+            && word.load(Ordering::Acquire) & bits != bits
+        {
+            word.fetch_or(bits, Ordering::AcqRel);
+        }
+    }
+
+    /// Takes bits out of a word; where none is there, nothing is stored.
+    pub fn remove(&self, at: usize, bits: u64) {
+        if let Some(word) = self.words().get(at)
+            && word.load(Ordering::Acquire) & bits != 0
+        {
+            word.fetch_and(!bits, Ordering::AcqRel);
+        }
+    }
+
+    fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping is as long, page aligned and lives as long as `self`; atomics may be changed by others.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.words) }
     }
@@ -102,8 +132,6 @@ impl Drop for SharedWords {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering::Relaxed;
-
     use super::*;
 
     #[test]
@@ -111,14 +139,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("words");
         let first = SharedWords::create(&path, 1000).unwrap();
-        assert!(first.words().iter().all(|word| word.load(Relaxed) == 0));
-        first.words()[999].store(7, Relaxed);
+        assert!((0..1000).all(|at| first.get(at) == 0));
+        first.set(999, 7);
+        first.add(1, 0b110);
+        first.remove(1, 0b010);
         let second = SharedWords::open(&path, 1000).unwrap();
-        assert_eq!(second.words()[999].load(Relaxed), 7);
+        assert_eq!([999, 1, 1000].map(|at| second.get(at)), [7, 0b100, 0]);
         // Made anew, it is another file.
         let third = SharedWords::create(&path, 1000).unwrap();
-        first.words()[0].store(1, Relaxed);
-        assert_eq!(third.words()[0].load(Relaxed), 0);
+        first.set(0, 1);
+        assert_eq!(third.get(0), 0);
         let error = SharedWords::open(&path, 999).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         assert!(SharedWords::create(&path, 0).is_err());

@@ -24,7 +24,8 @@ use super::target_copy::Copy;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionWriter, StartError, TargetGuest};
-use crate::open::TargetOptions;
+use crate::launch::Watched;
+use crate::open::{CopyLeft, Reopening, TargetOptions};
 
 /// Longest wait for the device state to be loaded.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);
@@ -82,6 +83,35 @@ impl QemuTarget {
             copy,
             incarnations,
             stage: Stage::Filling,
+        })
+    }
+
+    /// Attaches to a QEMU that an earlier agent made ready.
+    ///
+    /// # Errors
+    /// It is gone, or not in the state that is needed.
+    pub async fn reopen(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+        left: &CopyLeft,
+    ) -> Result<Self, GuestError> {
+        let process = Watched::find(left.process.clone())?;
+        let (copy, stage) = match left.purpose {
+            Reopening::Fill => (Copy::refill(config, spec, process).await?, Stage::Filling),
+            Reopening::Start => {
+                let (copy, runs) = Copy::take_loaded(config, spec, process).await?;
+                let stage = if runs { Stage::Started } else { Stage::Loaded };
+                (copy, stage)
+            }
+        };
+        Ok(Self {
+            config: config.clone(),
+            options: options.clone(),
+            spec: spec.clone(),
+            copy,
+            incarnations: left.incarnations.clone(),
+            stage,
         })
     }
 
@@ -175,6 +205,10 @@ impl QemuTarget {
 
     /// The part of `start` behind the permit.
     pub(super) async fn start_permitted(&mut self, to: RunState) -> Result<(), StartError> {
+        if self.stage == Stage::Started {
+            // By an agent before this one, whose answer was lost with it.
+            return Ok(());
+        }
         if self.stage != Stage::Loaded {
             return Err(StartError::NeverRan(GuestError::Refused {
                 command: "start".to_owned(),
@@ -242,6 +276,12 @@ impl TargetGuest for QemuTarget {
 
     fn incarnations(&self) -> Vec<Incarnation> {
         self.incarnations.clone()
+    }
+
+    fn keep_incarnation(&mut self, region: RegionId, incarnation: Incarnation) {
+        if let Some(slot) = self.incarnations.get_mut(usize::from(region.0)) {
+            *slot = incarnation;
+        }
     }
 
     async fn flush(&mut self) -> Result<(), GuestError> {

@@ -14,7 +14,7 @@ use vmferry_proto::spec::GuestSpec;
 
 use super::describe;
 use super::disk_io::{ALLOCATION, DiskHandle, flush_all};
-use super::inventory::{Layout, Machine, Obstacles};
+use super::inventory::{self, Layout, Machine, Obstacles};
 use super::leftovers;
 use super::link::Link;
 use super::names;
@@ -135,6 +135,50 @@ impl Copy {
         }
     }
 
+    /// Goes on filling the QEMU `process`, which waits for content still.
+    pub(super) async fn refill(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        process: Watched,
+    ) -> Result<Self, GuestError> {
+        let qmp = connect_again(config, &process).await?;
+        let mut copy = Self::fit(config, spec, qmp, Some(&process)).await?;
+        copy.launched = config.launch.is_some().then_some(process);
+        Ok(copy)
+    }
+
+    /// Takes the QEMU `process` in hand, which has its device state; its disks are not opened. Says whether the guest runs already.
+    pub(super) async fn take_loaded(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        process: Watched,
+    ) -> Result<(Self, bool), GuestError> {
+        let qmp = connect_again(config, &process).await?;
+        let machine = Machine::of(&qmp).await?;
+        let runs = match inventory::status(&qmp).await?.as_str() {
+            "running" => true,
+            "paused" => false,
+            other => {
+                return Err(GuestError::Touched(format!(
+                    "QEMU's state is {other}, neither paused with the guest in it nor running"
+                )));
+            }
+        };
+        let layout = Layout::of(&qmp).await?;
+        let link = Link::new(qmp, &machine, runs)?;
+        let memory = ProcessMemory::attach(&link.identity(), describe::memory(spec, &layout))?;
+        let incoming = IncomingPipe::hand_over(&link.qmp).await?;
+        let copy = Self {
+            link,
+            memory,
+            incoming,
+            machine: machine.kind,
+            disks: TargetDisks::default(),
+            launched: config.launch.is_some().then_some(process),
+        };
+        Ok((copy, runs))
+    }
+
     async fn fit(
         config: &TargetConfig,
         spec: &GuestSpec,
@@ -230,6 +274,22 @@ async fn refuse_running(path: &Path) -> Result<(), GuestError> {
         ))),
         Err(_) => Ok(()),
     }
+}
+
+/// Connects to the QEMU of `config`, which must be `process`.
+async fn connect_again(config: &TargetConfig, process: &Watched) -> Result<Qmp, GuestError> {
+    let path = config.qmp.as_deref().unwrap_or(Path::new(""));
+    let qmp = Qmp::connect(path).await?;
+    let machine = Machine::of(&qmp).await?;
+    let link = Link::new(qmp.clone(), &machine, true)?;
+    if link.identity() == *process.identity() {
+        return Ok(qmp);
+    }
+    Err(GuestError::Gone(format!(
+        "process {}: another one answers on {}",
+        process.identity().pid,
+        path.display()
+    )))
 }
 
 async fn connect_launched(path: &Path, launched: &Watched) -> Result<Qmp, GuestError> {

@@ -24,7 +24,7 @@ use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionWriter, StartError, TargetGuest};
 use crate::launch::{self, Watched};
 use crate::memory::ProcessMemory;
-use crate::open::TargetOptions;
+use crate::open::{CopyLeft, Reopening, TargetOptions};
 
 /// How long a launched guest may take until it listens.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
@@ -43,6 +43,8 @@ pub struct SimTarget {
     log: PathBuf,
     incarnations: Vec<Incarnation>,
     copy: Copy,
+    /// An earlier agent started it.
+    started: bool,
     ended: bool,
 }
 
@@ -79,6 +81,40 @@ impl SimTarget {
             socket,
             log,
             copy,
+            started: false,
+            ended: false,
+        })
+    }
+
+    /// Attaches to a guest that an earlier agent prepared.
+    pub async fn reopen(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+        left: &CopyLeft,
+    ) -> Result<Self, GuestError> {
+        let process = Watched::find(left.process.clone())?;
+        let socket = config.socket.clone().unwrap_or_default();
+        let states: &[State] = match left.purpose {
+            Reopening::Fill => &[State::Incoming],
+            Reopening::Start => &[State::Paused, State::Running],
+        };
+        let (copy, state) = Copy::attach_in(config, spec, &socket, states).await?;
+        if copy.process.identity() != process.identity() {
+            return Err(GuestError::Gone(format!(
+                "process {}: another one answers on {}",
+                left.process.pid,
+                socket.display()
+            )));
+        }
+        Ok(Self {
+            incarnations: left.incarnations.clone(),
+            config: config.clone(),
+            spec: spec.clone(),
+            socket,
+            log: options.run_dir.join(format!("{}.log", config.name)),
+            copy,
+            started: state == State::Running,
             ended: false,
         })
     }
@@ -135,12 +171,28 @@ impl Copy {
         spec: &GuestSpec,
         socket: &Path,
     ) -> Result<Self, GuestError> {
+        let (copy, _) = Self::attach_in(config, spec, socket, &[State::Incoming]).await?;
+        Ok(copy)
+    }
+
+    /// Attaches to a guest that is in one of `states`.
+    async fn attach_in(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        socket: &Path,
+        states: &[State],
+    ) -> Result<(Self, State), GuestError> {
         let mut client = Client::connect(socket).await?;
         let (found, identity) = describe::ask(&mut client).await?;
         let mode = describe::disk_mode(&config.disks)?;
         let mut problems = describe::differences(spec, &describe::spec(&config.name, &found, mode));
-        if found.state != State::Incoming {
-            problems.push("it does not wait for content (start it with --incoming)".to_owned());
+        if !states.contains(&found.state) {
+            problems.push(match states {
+                [State::Incoming] => {
+                    "it does not wait for content (start it with --incoming)".to_owned()
+                }
+                _ => format!("it is {:?}", found.state),
+            });
         }
         if !problems.is_empty() {
             return Err(GuestError::Incompatible(format!(
@@ -158,13 +210,14 @@ impl Copy {
             Some(path) if copied => Some(Arc::new(DiskFile::open(path, found.disk_len, true)?)),
             Some(_) | None => None,
         };
-        Ok(Self {
+        let copy = Self {
             life: LifeWatch::start(socket).await?,
             memory: describe::memory(&found, &identity)?,
             process: Watched::find(identity)?,
             client,
             disk,
-        })
+        };
+        Ok((copy, found.state))
     }
 }
 
@@ -205,6 +258,12 @@ impl TargetGuest for SimTarget {
         self.incarnations.clone()
     }
 
+    fn keep_incarnation(&mut self, region: RegionId, incarnation: Incarnation) {
+        if let Some(slot) = self.incarnations.get_mut(usize::from(region.0)) {
+            *slot = incarnation;
+        }
+    }
+
     async fn flush(&mut self) -> Result<(), GuestError> {
         match &self.copy.disk {
             Some(disk) => disk.flush().await,
@@ -233,7 +292,7 @@ impl TargetGuest for SimTarget {
     }
 
     async fn start(&mut self, _permit: RunPermit, to: RunState) -> Result<(), StartError> {
-        if to == RunState::Paused {
+        if to == RunState::Paused || self.started {
             return Ok(());
         }
         match self.copy.client.tell("cont", None).await {

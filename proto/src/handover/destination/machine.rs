@@ -184,6 +184,12 @@ impl DestinationHandover {
         )
     }
 
+    /// Whether OWNED or the start is on its way: nobody may leave in the middle of that.
+    #[must_use]
+    pub const fn is_starting(&self) -> bool {
+        matches!(self.state, State::Owning { .. } | State::Starting { .. })
+    }
+
     /// Whether the migration ended here without a commit and nothing is left of it.
     #[must_use]
     pub const fn is_ended(&self) -> bool {
