@@ -254,7 +254,7 @@ mod tests {
 
     #[tokio::test]
     async fn waiting_ends_when_the_last_lane_arrives() {
-        let board = std::sync::Arc::new(Board::new(2));
+        let board = Arc::new(Board::new(2));
         let waiter = tokio::spawn({
             let board = board.clone();
             async move { board.reached(&[FrameSeq(2), FrameSeq(1)]).await }

@@ -191,6 +191,27 @@ fn a_source_agent_that_is_killed_while_it_waits_for_the_trigger_is_gone_on_with(
     moved(&stage, &guest);
 }
 
+#[test]
+fn recover_removes_the_ledger_with_every_other_trace() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    let before = descriptors(guest.first_pid());
+    let mut running = stage.begin(&guest, &SLOW);
+    wait_for_bytes(&stage, &mut running, 24 << 20);
+    kill(running);
+    assert!(file(&stage, "web.source.ledger").exists());
+    let asked = stage
+        .alpha
+        .ask(Role::Source, "recover", "web", &["--json"])
+        .unwrap();
+    assert_eq!(asked.json().unwrap()["guest_now"], "runs-at-source");
+    assert!(soon(|| descriptors(guest.first_pid()) == before));
+    for left in ["web.source.ledger", "web.source.tracking"] {
+        assert!(!file(&stage, left).exists(), "{left} is left");
+    }
+    stage.expect_stayed(&guest);
+}
+
 /// What was left is of no use for the reason that `spoil` makes: it is named, and the copy begins again.
 fn begins_again(why: &str, spoil: impl FnOnce(&Stage)) {
     let stage = Stage::set(PROGRAMS);

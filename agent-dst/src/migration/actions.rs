@@ -457,7 +457,7 @@ impl Migration {
         }
     }
 
-    async fn on_copy_made(&mut self, guest: Guest, made: Result<Option<Kept>, WireError>) {
+    async fn on_copy_made(&mut self, guest: Guest, made: Result<Option<Box<Kept>>, WireError>) {
         let made = match made {
             Ok(kept) => self.keep_copy(guest, kept),
             Err(error) => {
@@ -478,7 +478,7 @@ impl Migration {
     fn keep_copy(
         &mut self,
         guest: Guest,
-        kept: Option<Kept>,
+        kept: Option<Box<Kept>>,
     ) -> Result<vmferry_proto::handover::ProcessRecord, WireError> {
         let internal = |what: &str| WireError::new(ErrorCode::Internal, what);
         let guest = guest.ok_or_else(|| internal("no copy was made"))?;
@@ -519,11 +519,12 @@ impl Migration {
         &mut self,
         spec: &GuestSpec,
         incarnations: &[Incarnation],
-        kept: Option<Kept>,
+        kept: Option<Box<Kept>>,
     ) -> Coverage {
         let migration = self.handover.record().migration;
         let begun = match kept {
-            Some(Kept { files, resume }) => {
+            Some(kept) => {
+                let Kept { files, resume } = *kept;
                 self.resume = self.resume.take().or(resume);
                 Ok(files)
             }

@@ -76,7 +76,7 @@ pub(super) enum Outcome {
     },
     /// Or not: the flush before the load tells, and the session's own flusher.
     FlushedAhead(Then),
-    CopyMade(Result<Option<Kept>, WireError>),
+    CopyMade(Result<Option<Box<Kept>>, WireError>),
     Loaded(Result<PrepareTiming, WireError>),
     Started(Result<u64, NotStarted>),
     Discarded(Result<(), WireError>),
@@ -138,7 +138,7 @@ async fn make_copy(
     tools: &Tools,
     guest: &mut Guest,
     renew: bool,
-) -> Result<Option<Kept>, WireError> {
+) -> Result<Option<Box<Kept>>, WireError> {
     let failed = |error: GuestError| guest_to_wire(&error, "the guest's copy cannot be prepared");
     if let Some(used) = guest.as_mut() {
         if renew {
@@ -155,10 +155,12 @@ async fn make_copy(
         && let Some(found) = reopen_to_fill(tools, spec, files).await
     {
         *guest = Some(found);
-        return Ok(left.map(|files| Kept {
-            // It was flushed just now.
-            resume: files.applied.resume_point(true),
-            files,
+        return Ok(left.map(|files| {
+            Box::new(Kept {
+                // It was flushed just now.
+                resume: files.applied.resume_point(true),
+                files,
+            })
         }));
     }
     end_leftover(tools).await.map_err(failed)?;
@@ -175,7 +177,7 @@ async fn make_copy(
         .await
         .map_err(failed)?;
     let opened = guest.insert(opened);
-    Ok(left.map(|files| keep_disks(&mut **opened, spec, files)))
+    Ok(left.map(|files| Box::new(keep_disks(&mut **opened, spec, files))))
 }
 
 /// The notes of an agent before this one, if it was this guest that it received.

@@ -31,14 +31,22 @@ pub trait SourceGuest: Send + std::fmt::Debug {
     async fn start_tracking(&mut self) -> Result<(), GuestError>;
 
     /// Writes what is taken into `log` from here on, before anybody can lose it. Called before the tracking begins or goes on.
-    fn keep_marks(&mut self, log: Arc<dyn MarkLog>);
+    /// A driver that does not leaves a later agent nothing to go on with.
+    fn keep_marks(&mut self, _log: Arc<dyn MarkLog>) {}
 
-    /// What a later agent needs to go on with the tracking; `None` where there is none.
-    fn tracking(&self) -> Option<TrackingLeft>;
+    /// What a later agent needs to go on with the tracking; `None` where there is none, or no way to.
+    fn tracking(&self) -> Option<TrackingLeft> {
+        None
+    }
 
     /// Goes on with the tracking that an earlier agent left, instead of beginning one. The marks that were taken are in the log of
     /// [`keep_marks`](Self::keep_marks). On an error [`stop_tracking`](Self::stop_tracking) removes what is left.
-    async fn resume_tracking(&mut self, left: &TrackingLeft) -> Result<(), GuestError>;
+    async fn resume_tracking(&mut self, _left: &TrackingLeft) -> Result<(), GuestError> {
+        Err(GuestError::Refused {
+            command: "going on with a tracking".to_owned(),
+            answer: "this driver cannot".to_owned(),
+        })
+    }
 
     /// Ends tracking, also one that an earlier agent left, and removes every trace from the hypervisor (descriptors,
     /// exports, bitmaps). Idempotent.
@@ -95,7 +103,8 @@ pub trait TargetGuest: Send + std::fmt::Debug {
     fn incarnations(&self) -> Vec<Incarnation>;
 
     /// Says that the content of `region` is that of an earlier copy of this incarnation: a disk whose image is the same one.
-    fn keep_incarnation(&mut self, region: RegionId, incarnation: Incarnation);
+    /// A driver that does not take it has it sent again.
+    fn keep_incarnation(&mut self, _region: RegionId, _incarnation: Incarnation) {}
 
     /// Makes everything written to the disks durable as far as `start` needs it: called once, complete, before the load.
     async fn flush(&mut self) -> Result<(), GuestError>;

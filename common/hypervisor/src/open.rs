@@ -111,14 +111,16 @@ pub trait Hypervisors: Send + Sync + fmt::Debug {
         options: &TargetOptions,
     ) -> Result<Box<dyn TargetGuest>, GuestError>;
 
-    /// [`reopen_target`].
+    /// [`reopen_target`]; without it a copy goes with its agent.
     async fn reopen_target(
         &self,
-        config: &TargetConfig,
-        spec: &GuestSpec,
-        options: &TargetOptions,
+        _config: &TargetConfig,
+        _spec: &GuestSpec,
+        _options: &TargetOptions,
         left: &CopyLeft,
-    ) -> Result<Box<dyn TargetGuest>, GuestError>;
+    ) -> Result<Box<dyn TargetGuest>, GuestError> {
+        Err(GuestError::Gone(format!("process {}", left.process.pid)))
+    }
 
     /// Whether a hypervisor's process still runs. What cannot be told counts as running: it is looked at again when
     /// it is to be ended.

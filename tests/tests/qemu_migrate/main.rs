@@ -11,6 +11,7 @@
 mod guests;
 mod moves;
 mod refused;
+mod resumes;
 mod states;
 mod stays;
 
