@@ -32,6 +32,23 @@ pub struct GuestSpec {
     pub devices: Vec<DeviceSpec>,
 }
 
+/// Beginning of the paths of devices that only give a hint, such as how full a disk is: they are not compared.
+pub const HINT: &str = "hint/";
+
+impl GuestSpec {
+    /// Whether two descriptions, made at different times, are of one guest. Its run state may change, and hints do.
+    #[must_use]
+    pub fn is_same_guest(&self, other: &Self) -> bool {
+        let settled = |spec: &Self| {
+            let mut spec = spec.clone();
+            spec.run_state = self.run_state;
+            spec.devices.retain(|device| !device.path.starts_with(HINT));
+            spec
+        };
+        settled(self) == settled(other)
+    }
+}
+
 /// Whether the guest's CPUs run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -11,7 +11,6 @@ use vmferry_proto::handover::{DestinationEvent, admit};
 use vmferry_proto::ids::Attempt;
 use vmferry_proto::message::{Offer, ResumePoint};
 use vmferry_proto::session_destination::DestinationSessionEvent;
-use vmferry_proto::spec::GuestSpec;
 
 use super::jobs::{Job, Then};
 use super::{Event, LINGER, Migration, RETRY_AFTER, Request};
@@ -210,7 +209,7 @@ impl Migration {
             return;
         }
         if let Some(before) = &self.spec
-            && !same_guest(before, &spec)
+            && !before.is_same_guest(&spec)
         {
             self.give_up(WireError::new(
                 ErrorCode::GuestChanged,
@@ -354,13 +353,6 @@ impl Migration {
             self.go_on(then).await;
         }
     }
-}
-
-/// Whether two offers are of one guest. Its run state may change while it is copied.
-pub(super) fn same_guest(a: &GuestSpec, b: &GuestSpec) -> bool {
-    let mut b = b.clone();
-    b.run_state = a.run_state;
-    *a == b
 }
 
 fn out_of_order(what: &str) -> WireError {

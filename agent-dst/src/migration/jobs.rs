@@ -17,7 +17,6 @@ use vmferry_proto::ids::{Attempt, MigrationId, SessionNumber};
 use vmferry_proto::message::{PrepareTiming, ResumePoint};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
-use super::events::same_guest;
 use crate::board::Board;
 use crate::durable::CopyFiles;
 use crate::error::{chain, guest_to_wire};
@@ -185,7 +184,7 @@ fn what_was_left(tools: &Tools, spec: &GuestSpec) -> Option<CopyFiles> {
     let process = tools.leftover.as_ref()?;
     let guest = &tools.config.name;
     match CopyFiles::find(&tools.options.run_dir, tools.migration) {
-        Ok(files) if same_guest(&files.record.spec, spec) => Some(files),
+        Ok(files) if files.record.spec.is_same_guest(spec) => Some(files),
         Ok(_) => {
             tracing::warn!(%guest, "the guest is not the one that an agent before this one received: its copy is made anew");
             None

@@ -100,7 +100,8 @@ impl Migration {
                 // What is rare goes first: the peer may have something to say at any time.
                 biased;
                 command = commands.recv() => Ready::Command(command),
-                _ = life.changed() => Ready::Life,
+                // Once only: when the driver has told the end, it tells no more, and the rest must have its turn.
+                Ok(()) = life.changed() => Ready::Life,
                 timer = timers.next() => Ready::Timer(timer),
                 () = sleep_until(deadline) => Ready::Deadline,
                 _ = ticker.tick() => Ready::Tick,

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use vmferry_proto::limits;
-use vmferry_proto::spec::{DeviceSpec, GuestSpec, RegionKind};
+use vmferry_proto::spec::{DeviceSpec, GuestSpec, HINT, RegionKind};
 
 use super::inventory::{Layout, Machine, Obstacles};
 use super::names;
@@ -207,7 +207,7 @@ pub(super) fn devices(machine: &Machine, layout: &Layout, shared: &[String]) -> 
 
 /// A hint, not compared: how much of a disk to copy is in use at the source.
 fn in_use_path(disk: &str) -> String {
-    format!("hint/bytes-in-use/{disk}")
+    format!("{HINT}bytes-in-use/{disk}")
 }
 
 /// How much of `disk` is in use at the source, where it knows; at most its length.
@@ -348,7 +348,7 @@ fn regions(spec: &GuestSpec, layout: &Layout, shared: &[String], out: &mut Vec<S
 }
 
 fn unlike_devices(there: &[DeviceSpec], here: &[DeviceSpec], out: &mut Vec<String>) {
-    let is_hint = |device: &&DeviceSpec| device.path.starts_with("hint/");
+    let is_hint = |device: &&DeviceSpec| device.path.starts_with(HINT);
     let mut left: BTreeMap<&str, &str> = here
         .iter()
         .filter(|device| !is_hint(device))
