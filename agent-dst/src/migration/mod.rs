@@ -6,6 +6,7 @@
 //! decided by the machine alone (`[HAND-1]` to `[HAND-11]`).
 
 mod actions;
+mod copy;
 mod events;
 mod jobs;
 
