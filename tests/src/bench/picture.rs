@@ -21,6 +21,7 @@ const BAR_WIDTH: f64 = 80.0;
 const ROW_HEIGHT: f64 = 22.0;
 const BAR_HEIGHT: f64 = 13.0;
 const PANEL_HEAD: f64 = 50.0;
+const PANEL_FOOT: f64 = 12.0;
 const MARGIN: f64 = 10.0;
 const STYLE: &str = "\
 text{font:12px system-ui,sans-serif;fill:#1f2328}.title{font-weight:600;font-size:13px}.column,.note{fill:#59636e}\
@@ -70,7 +71,8 @@ pub struct Panel {
 
 impl Panel {
     fn height(&self) -> f64 {
-        PANEL_HEAD + ROW_HEIGHT * f64::from(u32::try_from(self.rows.len()).unwrap_or(u32::MAX))
+        let rows = f64::from(u32::try_from(self.rows.len()).unwrap_or(u32::MAX));
+        PANEL_HEAD + ROW_HEIGHT * rows + PANEL_FOOT
     }
 
     fn largest(&self, column: usize) -> f64 {

@@ -44,6 +44,8 @@ impl Target {
     pub fn judge(self, what: &str, value: f64, unit: &str) {
         let verdict = if self.is_met(value) {
             "met".to_owned()
+        } else if value.is_nan() {
+            "MISSED, nothing was measured".to_owned()
         } else {
             format!("MISSED by {:.0} %", self.shortfall(value) * 100.0)
         };
