@@ -52,7 +52,7 @@ pub struct Carried {
     pub lost: u64,
     /// Packets for which the queue had no room.
     pub no_room: u64,
-    /// Packets that came to a cut line.
+    /// Packets that came to a cut line, and batches that were on it.
     pub cut_off: u64,
     /// Mean time by which the relay handed packets over too late.
     pub late: Duration,
@@ -174,7 +174,6 @@ impl Direction {
         };
         let segments = packet.segments();
         if self.switch.cut.load(Ordering::Acquire) {
-            self.on_the_way.clear();
             add(&self.counters.cut_off, segments as u64);
             return;
         }
@@ -222,18 +221,16 @@ impl Direction {
     }
 
     fn hand_over(&mut self) {
+        if self.switch.cut.load(Ordering::Acquire) {
+            add(&self.counters.cut_off, self.on_the_way.len() as u64);
+            self.on_the_way.clear();
+        }
         let now = self.epoch.elapsed();
-        while let Some((due, _)) = self.on_the_way.front() {
-            if *due > now {
-                return;
-            }
+        let is_due = |(due, _): &(Duration, Vec<u8>)| *due <= now;
+        while self.on_the_way.front().is_some_and(is_due) {
             let Some((due, frame)) = self.on_the_way.pop_front() else {
                 return;
             };
-            if self.switch.cut.load(Ordering::Acquire) {
-                add(&self.counters.cut_off, 1);
-                continue;
-            }
             let late = u64::try_from((now - due).as_nanos()).unwrap_or(u64::MAX);
             add(&self.counters.late_nanos, late);
             add(&self.counters.arrivals, 1);
