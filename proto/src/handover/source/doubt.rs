@@ -293,6 +293,7 @@ impl SourceHandover {
         {
             *step = Step::Failed;
             actions.push(SourceAction::Report(SourceReport::ReleaseFailed { reason }));
+            actions.push(SourceAction::StartTimer(Timer::Retry));
             return Ok(());
         }
         self.unexpected("ReleaseFailed")
@@ -353,6 +354,7 @@ impl SourceHandover {
         {
             *step = Step::Failed;
             actions.push(SourceAction::Report(SourceReport::ReleaseFailed { reason }));
+            actions.push(SourceAction::StartTimer(Timer::Retry));
             return Ok(());
         }
         self.unexpected("EndGuestFailed")

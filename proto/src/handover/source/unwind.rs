@@ -156,6 +156,7 @@ impl SourceHandover {
             return self.unexpected("ResumeFailed");
         }
         actions.push(SourceAction::Report(SourceReport::ResumeFailed { reason }));
+        actions.push(SourceAction::StartTimer(Timer::Retry));
         Ok(())
     }
 
