@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use vmferry_common::phase::Phase;
+use vmferry_hypervisor::GuestLife;
 use vmferry_proto::handover::{
     RunPermit, SourceAction, SourceEnd, SourceEvent, SourceRecord, SourceReport, Timer, back_off,
 };
@@ -244,6 +245,12 @@ impl Migration {
             Ok(()) => {
                 self.paused = None;
                 self.stats.on_resumed();
+                SourceEvent::Resumed
+            }
+            Err(error) if *self.life.borrow() != GuestLife::Alive => {
+                // There is nothing to bring back any more, nor anything that a later try could change.
+                tracing::warn!(%error, "the guest has ended, so it is not resumed");
+                self.paused = None;
                 SourceEvent::Resumed
             }
             Err(error) => SourceEvent::ResumeFailed {

@@ -238,6 +238,8 @@ impl Migration {
     /// Runs the migration to its end. The guest runs on one side when this returns, or is paused here and in doubt.
     /// `actions` are what a recovered machine wants done first.
     pub async fn run(mut self, actions: Vec<SourceAction>) -> Ended {
+        // The record of a migration that is over leaves nothing to do.
+        self.end = self.handover.end().cloned();
         self.settle_the_past(actions).await;
         if self.end.is_none() && !self.left_in_doubt {
             if self.only_recover {
