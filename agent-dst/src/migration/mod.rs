@@ -249,10 +249,13 @@ impl Migration {
 
     /// The next thing that happens. Cancel safe.
     async fn next(&mut self) -> Event {
+        // A server that has let go of a migration that is told to stop says nothing any more.
+        let may_hear =
+            !(self.shutting_down && self.requests.is_closed() && self.requests.is_empty());
         tokio::select! {
             biased;
             done = poll(&mut self.job) => Event::JobDone(done),
-            request = self.requests.recv() => Event::Request(request),
+            request = self.requests.recv(), if may_hear => Event::Request(request),
             received = poll(&mut self.receiving) => Event::Received(received),
             // While something is done with the copy, that tells of its end; and some of it ends the copy on purpose.
             gone = copy_gone(&mut self.copy), if self.job.is_none() => Event::CopyGone(gone),
