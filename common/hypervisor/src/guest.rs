@@ -167,7 +167,7 @@ pub struct Taken {
     /// The dirty blocks.
     pub dirty: RegionBits,
     /// Those of them that are known to read as zero without being read: holes, pages never touched.
-    /// True at some moment after the re-arm.
+    /// True at some moment after the re-arm, and no device transfer into them was in flight: it would land without a mark.
     pub zero: RegionBits,
     /// Longest time for which one step of taking them held the guest.
     pub longest_hold: Duration,
