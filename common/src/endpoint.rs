@@ -18,6 +18,7 @@ use quinn::{
 };
 use rustls_pki_types::{CertificateDer, ServerName};
 
+use crate::congestion::Congestion;
 use crate::identity::{CertificateNameError, Identity, IdentityError, PeerName};
 use crate::link::LinkError;
 use crate::socket::{self, BufferShortage};
@@ -53,6 +54,8 @@ pub struct TransportTuning {
     pub max_mtu: u16,
     /// Whether the kernel may cut up batches of packets (segmentation offload): a third of the throughput without it.
     pub segmentation_offload: bool,
+    /// How the sender finds out how much may be under way.
+    pub congestion: Congestion,
 }
 
 impl Default for TransportTuning {
@@ -66,12 +69,13 @@ impl Default for TransportTuning {
             socket_buffer: 8 << 20,
             max_mtu: MAX_MTU,
             segmentation_offload: true,
+            congestion: Congestion::default(),
         }
     }
 }
 
 impl TransportTuning {
-    fn transport(&self, mtu: u16) -> Result<TransportConfig, EndpointError> {
+    pub(crate) fn transport(&self, mtu: u16) -> Result<TransportConfig, EndpointError> {
         let idle = self
             .idle_timeout
             .try_into()
@@ -93,6 +97,7 @@ impl TransportTuning {
             .mtu_discovery_config(Some(discovery))
             // Lanes have one priority; turns between them would only cut their frames into more pieces.
             .send_fairness(false)
+            .congestion_controller_factory(self.congestion.factory())
             .enable_segmentation_offload(self.segmentation_offload)
             .datagram_receive_buffer_size(None);
         Ok(transport)

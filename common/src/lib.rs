@@ -7,6 +7,7 @@
 pub mod buffers;
 pub mod codec;
 pub mod compress;
+pub mod congestion;
 pub mod control;
 pub mod digest;
 pub mod endpoint;

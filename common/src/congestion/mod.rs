@@ -1,0 +1,116 @@
+//! Congestion control: how much a sender may have under way.
+//!
+//! Owns the choice ([`Congestion`]) and a controller of our own behind quinn's trait. It does no I/O and has no clock; quinn
+//! tells it of each packet and asks for the window. What follows is its paper.
+//!
+//! # Why
+//!
+//! Cubic takes every loss for congestion. A line of 200 Mbit/s and 80 ms that loses one packet in a thousand carries 6 Mbit/s with
+//! it; a migration needs the line. So the window does not follow loss but a model of the path, as in BBR
+//! (Cardwell et al., 2016), reduced to what quinn's trait allows: quinn paces by itself at 1.25 windows a round trip, so the window is
+//! all that can be set.
+//!
+//! # The model
+//!
+//! ```text
+//! rate   = most bytes acknowledged in a round over its span, of the last 10 rounds   (filters, round)
+//! rtt    = shortest round trip of the last 10 s of full use                          (filters)
+//! window = gain × rate × rtt + headroom      headroom = rate × 1 ms, at least 16 packets
+//! ```
+//!
+//! A *round* lasts until what was sent after its beginning is acknowledged, at least 4 ms: on a shorter path the host's
+//! scheduling, not the path, decides when acknowledgements come. Its span is the longer of that between its acknowledgements and
+//! that between the sendings of what they acknowledge, so that acknowledgements which were held up and come together show no
+//! faster path. The headroom is for timers and batches; where the queue has not even room for that, loss takes it away.
+//!
+//! # Phases
+//!
+//! ```text
+//! StartUp ──rate grew by less than a quarter──▶ Cycle: ×1.35, ×0.90, 6 × ×1.05, and again
+//!    ▲                                            │ ▲
+//!    │◀── a probe showed 15 % more, no queue ─────┘ │
+//!    │                          rtt older than 10 s │
+//!    └◀── outage                  Drain (2 rounds) ◀┘ ──▶
+//! ```
+//!
+//! * **Start-up** adds ¾ byte for each that is acknowledged and stops growing where the round trip is longer by an eighth and
+//!   1 ms. A queue shows one round trip after it began; with doubling it would be as long as the path by then.
+//!   It ends after three rounds that grew by less than a quarter, at once if a queue stands or loss exceeds the ceiling.
+//! * **The cycle** probes for one round in eight, makes up for it in the next, and cruises just above what fits. A probe that finds
+//!   much more goes on as start-up: a path that became ten times faster is taken in some twenty rounds. A probe answered with
+//!   loss makes the next one twice as rare, up to one in 64 rounds.
+//! * **Drain**: if no round trip near the shortest was seen for 10 s of full use, two rounds at 0.75 show it. A path that has become longer
+//!   is told from a queue by what less under way does to the wait: nothing, or something.
+//!
+//! # Loss, bursts, reordering
+//!
+//! Up to 8 % of a round is the line's noise. More in one round is a burst and passes. More in two rounds running is a slower path:
+//! the rate is what these rounds carried. An outage of several round trips leaves a quarter of the window and start-up. Packets that overtake
+//! look like loss to quinn and fall under the same ceiling. A path that becomes slower without loss fills its queue; while one
+//! stands, the rate is remembered for 3 rounds only.
+//!
+//! # A sender with little to send
+//!
+//! A migration idles while it waits for its trigger, and its last flight must find the window as it was. Rounds in which quinn had nothing to
+//! send (or the round before had not) never lower the rate, do not age the filters, end no start-up, probe and drain nothing; they can only
+//! show that the path carries more. If a queue stands or packets are lost over the ceiling, the path was the limit after all. Idle time
+//! begins a new round.
+//!
+//! # Beside others
+//!
+//! Two of ours keep a short queue and come to even parts within some cycles, since a third more is much for who has little. A flow
+//! that fills the queue would take all from one that does not; see `sharing`: where the queue stands in 7 of 8 rounds, half of pipe and queue is
+//! taken, and every 48 rounds it is looked whether that is still needed.
+//!
+//! # Limits
+//!
+//! * Half is taken also beside several filling flows, together.
+//! * Who joins a filling flow whose queue is more than two round trips of 80 ms deep gets less than a third for the first ten seconds.
+//! * Beside a filling flow with a queue of a quarter of the path or less, losses are few and short: ours takes two thirds and more.
+//! * The first ten round trips of a path of under 1 ms are shorter than a timer's grain.
+//!
+//! # Shown by
+//!
+//! `tests`: quinn's own state machines at both ends of a seeded link in simulated time: use of the line from 100 Mbit/s to
+//! 1 Gbit/s, 0.2 to 80 ms, without loss and up to 1 %; the tenth round trip; the wait in the queue; short queues, rate changes,
+//! bursts, a cut, reordering; the last flight after idling; parts of the line beside Cubic and beside another of ours.
+
+mod filters;
+mod model;
+mod round;
+mod sharing;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
+
+/// How a sender finds out how much it may have under way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Congestion {
+    /// By a model of the path: line rate also where packets are lost at random, and short queues.
+    #[default]
+    Model,
+    /// By loss, as most TCP does (RFC 9438).
+    Cubic,
+}
+
+impl Congestion {
+    pub(crate) fn factory(self) -> Arc<dyn ControllerFactory + Send + Sync> {
+        match self {
+            Self::Model => Arc::new(ModelFactory),
+            Self::Cubic => Arc::new(CubicConfig::default()),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct ModelFactory;
+
+impl ControllerFactory for ModelFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(model::Model::new(now, current_mtu))
+    }
+}

@@ -1,0 +1,95 @@
+//! A round: from one moment until what was sent after it is acknowledged.
+//!
+//! Owns the counting within it. The span of a round is the longer of the time between its acknowledgements and the
+//! time between the sendings of what they acknowledge: acknowledgements that were held up and come
+//! together do not look like a fast path.
+
+use std::time::{Duration, Instant};
+
+use super::filters::rate_of;
+use crate::units::Rate;
+
+/// Shortest round. On a path of 0.2 ms a round trip holds some 15 packets, and the host's scheduling, not the path,
+/// decides when their acknowledgements come.
+pub(super) const MIN_ROUND: Duration = Duration::from_millis(4);
+
+/// What is counted in the round under way.
+#[derive(Debug, Clone)]
+pub(super) struct Round {
+    began: Instant,
+    /// When the newest packet acknowledged before this round was sent.
+    sent_before: Instant,
+    newest_sent: Instant,
+    acked: u64,
+    lost: u64,
+    min_rtt: Option<Duration>,
+    limited: bool,
+    /// The round before was limited: what is acknowledged in this one was sent then.
+    limited_before: bool,
+}
+
+/// A round that is over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Report {
+    pub(super) rate: Rate,
+    pub(super) span: Duration,
+    pub(super) acked: u64,
+    pub(super) lost: u64,
+    pub(super) min_rtt: Duration,
+    /// The sender had too little to send: the rate says nothing about the path.
+    pub(super) limited: bool,
+}
+
+impl Round {
+    pub(super) const fn new(now: Instant) -> Self {
+        Self {
+            began: now,
+            sent_before: now,
+            newest_sent: now,
+            acked: 0,
+            lost: 0,
+            min_rtt: None,
+            // Nothing was under way: what a first round carries is less than what the path would.
+            limited: false,
+            limited_before: true,
+        }
+    }
+
+    pub(super) fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, limited: bool) {
+        let rtt = now.saturating_duration_since(sent);
+        self.acked += bytes;
+        self.newest_sent = self.newest_sent.max(sent);
+        self.min_rtt = Some(self.min_rtt.map_or(rtt, |min| min.min(rtt)));
+        self.limited |= limited;
+    }
+
+    pub(super) const fn on_lost(&mut self, bytes: u64) {
+        self.lost += bytes;
+    }
+
+    /// Ends the round if what was sent after its beginning has been acknowledged.
+    pub(super) fn end(&mut self, now: Instant) -> Option<Report> {
+        let span = now.saturating_duration_since(self.began);
+        let min_rtt = self.min_rtt?;
+        if self.newest_sent <= self.began || span < MIN_ROUND {
+            return None;
+        }
+        let sending = self.newest_sent.saturating_duration_since(self.sent_before);
+        let report = Report {
+            rate: rate_of(self.acked, span.max(sending)),
+            span,
+            acked: self.acked,
+            lost: self.lost,
+            min_rtt,
+            limited: self.limited || self.limited_before,
+        };
+        *self = Self {
+            began: now,
+            sent_before: self.newest_sent,
+            limited_before: self.limited,
+            ..Self::new(now)
+        };
+        self.newest_sent = self.sent_before;
+        Some(report)
+    }
+}
