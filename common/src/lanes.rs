@@ -21,8 +21,6 @@ use crate::pace::Pacer;
 const LANE_PRIORITY: i32 = 0;
 /// Priority of the device state: the guest is paused while it is under way.
 const DEVICE_STATE_PRIORITY: i32 = 50;
-/// Under a bandwidth limit payloads go in pieces, so that a second's figure is not off by a whole frame.
-const PACED_PIECE: usize = 32 << 10;
 /// IPv4 and UDP headers of a packet, which quinn does not count.
 const PACKET_HEADERS: u64 = 20 + 8;
 /// Most bytes of a device state that are taken from the transport at once.
@@ -185,16 +183,21 @@ impl LaneSender {
         let head = Bytes::copy_from_slice(&header.encode());
         self.write(&mut [head]).await?;
         while !payload.is_empty() {
-            let piece = payload.split_to(payload.len().min(PACED_PIECE));
+            let piece = payload.split_to(payload.len().min(pacer.piece()));
             pacer.take(piece.len() as u64).await;
             self.write(&mut [piece]).await?;
+            self.account(pacer);
         }
+        Ok(())
+    }
+
+    /// Tells the pacer what the connection has carried, after each piece: what is sent again must not wait for a frame's end.
+    fn account(&self, pacer: &Pacer) {
         let sent = self.connection.stats().udp_tx;
         pacer.on_wire(
             self.connection.stable_id(),
             sent.bytes + sent.datagrams * PACKET_HEADERS,
         );
-        Ok(())
     }
 
     async fn write(&mut self, pieces: &mut [Bytes]) -> Result<(), LaneError> {
