@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use vmferry_common::compress::CompressMode;
+use vmferry_common::congestion::Congestion;
 use vmferry_common::endpoint::HostPort;
 use vmferry_common::telemetry::LogArgs;
 use vmferry_common::units::{Rate, parse_duration, parse_rate};
@@ -20,8 +21,9 @@ use vmferry_proto::ids::GuestName;
 use vmferry_proto::limits::{DEFAULT_LANES, MAX_CONNECTIONS, MAX_LANES};
 
 use crate::policy::{Cutover, OnStall};
+use crate::settings::Setting;
 
-pub use options::{MigrateOptions, UsageError, Verify};
+pub use options::{LONGEST_DOWNTIME, MigrateOptions, UsageError, Verify};
 
 /// Exit code of wrong usage or configuration (clap's own, too).
 pub const EXIT_USAGE: u8 = 2;
@@ -60,12 +62,19 @@ EXAMPLES
   Keep it ready, and move it when an orchestrator says so:
     vmferry-src migrate web-1 --to beta:7447 --cutover manual &
     vmferry-src cutover web-1
+  Give the link back in office hours, while it is copied:
+    vmferry-src set web-1 max-bandwidth=200Mbit
 
 UNITS
   durations  300ms, 10s, 5m, 1h 30m
   rates      500Mbit, 1Gbit/s (bits, decimal) or 100MiB/s (bytes)
 A bare number is refused.
 ";
+
+const SET_EXAMPLE: &str = "\
+EXAMPLES
+  vmferry-src set web-1 max-bandwidth=500Mbit
+  vmferry-src set web-1 max-bandwidth=none max-downtime=100ms";
 
 /// Moves running virtual machines to another host, memory and disks, while they keep running.
 #[derive(Debug, Parser)]
@@ -89,6 +98,9 @@ pub enum Command {
     Status(GuestArgs),
     /// Trigger the cutover of a migration started with `--cutover manual`, and wait for its end.
     Cutover(GuestArgs),
+    /// Change limits of a running migration: max-bandwidth=RATE (or none), max-downtime=TIME.
+    #[command(after_help = SET_EXAMPLE)]
+    Set(SetArgs),
     /// Cancel a migration: the guest runs on here. Refused once the decision to move is made.
     Cancel(GuestArgs),
     /// Tell whether this host may run the guest (exit code 0) or not: usable as a boot guard.
@@ -177,6 +189,12 @@ pub struct MigrateArgs {
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CONNECTIONS)))]
     pub connections: u8,
+    /// How to find out what the link carries: a model of the path, or by loss as TCP does.
+    ///
+    /// `model` fills lines that lose packets at random, keeps queues short, and shares with TCP. `cubic` is for lines on which
+    /// vmferry must give way as an ordinary TCP connection would.
+    #[arg(long, value_enum, default_value_t)]
+    pub congestion: Congestion,
     /// Compression: auto, off, or a zstd level from -7 (fast) to 19 (small).
     ///
     /// `auto` compresses frame by frame where it makes the copy faster, and does not where it would slow it down.
@@ -209,6 +227,17 @@ pub struct GuestArgs {
     /// Print the answer as one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `set`.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    /// Which guest.
+    #[command(flatten)]
+    pub guest: GuestArgs,
+    /// What to change, as often as there are things to change.
+    #[arg(value_name = "KEY=VALUE", required = true)]
+    pub settings: Vec<Setting>,
 }
 
 /// Arguments of `recover`.

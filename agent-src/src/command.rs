@@ -16,12 +16,15 @@ use vmferry_common::state::StateDir;
 use vmferry_common::telemetry::LogArgs;
 use vmferry_common::units::Span;
 
-use crate::cli::{Cli, Command, EXIT_USAGE, GuestArgs, MigrateOptions, RecoverArgs, ResolveArgs};
+use crate::cli::{
+    Cli, Command, EXIT_USAGE, GuestArgs, MigrateOptions, RecoverArgs, ResolveArgs, SetArgs,
+};
 use crate::explain;
 use crate::local::socket_path;
 use crate::progress::Progress;
 use crate::report::{Report, summary};
 use crate::run::{self, NotBegun, chain};
+use crate::settings::Setting;
 
 /// A status is answered between two steps of the migration, and the longest step is an I/O barrier.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
@@ -51,6 +54,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
         }
         Command::Status(args) => status(&args),
+        Command::Set(args) => set(&args),
         Command::Cutover(args) => ask_and_wait("cutover", &args),
         Command::Cancel(args) => ask_and_wait("cancel", &args),
         Command::Owner(args) => owner(&args),
@@ -146,13 +150,22 @@ fn print_report(report: &Report, json: bool) -> ExitCode {
 
 /// Asks the agent that migrates the guest.
 fn ask(command: &str, args: &GuestArgs, limit: Duration) -> Result<Value, LocalError> {
+    ask_with(command, json!({}), args, limit)
+}
+
+fn ask_with(
+    command: &str,
+    arguments: Value,
+    args: &GuestArgs,
+    limit: Duration,
+) -> Result<Value, LocalError> {
     let path = socket_path(&args.state, args.name.as_str());
     let runtime = runtime().map_err(|source| LocalError::Io {
         action: "start a runtime for",
         path: path.clone(),
         source,
     })?;
-    runtime.block_on(socket::call(&path, command, json!({}), limit))
+    runtime.block_on(socket::call(&path, command, arguments, limit))
 }
 
 fn status(args: &GuestArgs) -> ExitCode {
@@ -173,13 +186,40 @@ fn print_status(status: &Value) {
     let text = |name: &str| status.get(name).and_then(Value::as_str).unwrap_or("?");
     let number = |name: &str| status.get(name).and_then(Value::as_u64).unwrap_or(0);
     println!(
-        "{}\nto {} for {}, session {}, migration {}",
+        "{}\nto {} for {}, session {}, migration {}\n{}",
         text("text"),
         text("to"),
         Span(Duration::from_millis(number("elapsed_ms"))),
         number("sessions"),
         text("migration_id"),
+        limits_text(&status["limits"]),
     );
+}
+
+fn limits_text(limits: &Value) -> &str {
+    limits.get("text").and_then(Value::as_str).unwrap_or("?")
+}
+
+fn set(args: &SetArgs) -> ExitCode {
+    let SetArgs { guest, settings } = args;
+    match ask_with("set", Setting::to_arguments(settings), guest, STATUS_LIMIT) {
+        Ok(limits) if guest.json => println!("{limits}"),
+        Ok(limits) => println!("{}: {}", guest.name, limits_text(&limits)),
+        Err(LocalError::NobodyListens { .. }) => return nothing_under_way(guest),
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            return ExitCode::from(1);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn nothing_under_way(args: &GuestArgs) -> ExitCode {
+    eprintln!(
+        "error: no migration of {} is under way on this host",
+        args.name
+    );
+    ExitCode::from(1)
 }
 
 fn status_of_journal(args: &GuestArgs) -> ExitCode {
@@ -223,13 +263,7 @@ fn owner(args: &GuestArgs) -> ExitCode {
 fn ask_and_wait(command: &str, args: &GuestArgs) -> ExitCode {
     let report = match ask(command, args, END_LIMIT) {
         Ok(report) => report,
-        Err(LocalError::NobodyListens { .. }) => {
-            eprintln!(
-                "error: no migration of {} is under way on this host",
-                args.name
-            );
-            return ExitCode::from(1);
-        }
+        Err(LocalError::NobodyListens { .. }) => return nothing_under_way(args),
         Err(error) => {
             eprintln!("error: {}", chain(&error));
             return ExitCode::from(1);

@@ -15,4 +15,5 @@ pub mod migrate;
 pub mod run;
 pub mod saved;
 pub mod session;
+pub mod settings;
 pub mod words;

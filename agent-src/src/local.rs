@@ -1,4 +1,4 @@
-//! What people at other terminals may ask of a running migration: `status`, `cutover`, `cancel`, `resolve`.
+//! What people at other terminals may ask of a running migration: `status`, `set`, `cutover`, `cancel`, `resolve`.
 //!
 //! Owns the commands and how they come in over the control socket; the migration answers them between two steps of
 //! its own. Who asked for the cutover or the cancel is told the end of the migration, not just that the wish arrived.
@@ -13,6 +13,8 @@ use tokio::task::JoinHandle;
 use vmferry_common::local::{Caller, CommandError, Commands, Events, LocalError, LocalServer};
 use vmferry_common::state::run_dir;
 
+use crate::settings::Setting;
+
 /// Commands that wait for the migration to look; more than a few mean that somebody polls too fast.
 pub const QUEUE: usize = 32;
 
@@ -24,6 +26,8 @@ pub type Waiter = oneshot::Sender<Value>;
 pub enum Command {
     /// How far is it?
     Status(oneshot::Sender<Value>),
+    /// Change limits; answered with the limits as they are then, or why not.
+    Set(Vec<Setting>, oneshot::Sender<Result<Value, CommandError>>),
     /// Cut over now, or as soon as it fits.
     Cutover(Waiter),
     /// Give up; the guest runs on here.
@@ -118,8 +122,14 @@ impl Commands for Desk {
         &self,
         caller: Caller,
         command: &str,
-        _arguments: Value,
+        arguments: Value,
     ) -> Result<Value, CommandError> {
+        if command != "status" {
+            tracing::info!(command, uid = caller.uid, "asked for at the control socket");
+        }
+        if command == "set" {
+            return self.set(&arguments).await;
+        }
         let (reply, answer) = oneshot::channel();
         let wish = match command {
             "status" => Command::Status(reply),
@@ -128,11 +138,22 @@ impl Commands for Desk {
             "resolve" => Command::Resolve(reply),
             other => return Err(CommandError::not_found(other)),
         };
-        if command != "status" {
-            tracing::info!(command, uid = caller.uid, "asked for at the control socket");
-        }
-        let gone = || CommandError::generic("the migration has just ended");
-        self.commands.send(wish).await.map_err(|_closed| gone())?;
-        answer.await.map_err(|_dropped| gone())
+        self.commands.send(wish).await.map_err(|_closed| ended())?;
+        answer.await.map_err(|_dropped| ended())
     }
+}
+
+impl Desk {
+    async fn set(&self, arguments: &Value) -> Result<Value, CommandError> {
+        let settings = Setting::from_arguments(arguments)
+            .map_err(|error| CommandError::generic(error.to_string()))?;
+        let (reply, answer) = oneshot::channel();
+        let wish = Command::Set(settings, reply);
+        self.commands.send(wish).await.map_err(|_closed| ended())?;
+        answer.await.map_err(|_dropped| ended())?
+    }
+}
+
+fn ended() -> CommandError {
+    CommandError::generic("the migration has just ended")
 }

@@ -392,7 +392,10 @@ async fn run(
         connector,
         to: options.to.clone(),
         identity,
-        tuning: TransportTuning::default(),
+        tuning: TransportTuning {
+            congestion: options.congestion,
+            ..TransportTuning::default()
+        },
         guest: record.guest.clone(),
         migration: record.migration,
         generation: record.generation,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vmferry_common::compress::CompressMode;
+use vmferry_common::congestion::Congestion;
 use vmferry_common::endpoint::HostPort;
 use vmferry_common::units::{Rate, Span};
 use vmferry_hypervisor::config::{DriverKind, SourceConfig};
@@ -20,7 +21,7 @@ use crate::policy::{Cutover, Limits, OnStall};
 /// Longest duration that is taken: adding it to any clock cannot overflow, and nobody means more.
 const LONGEST: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Longest downtime that is taken; longer is a cold migration.
-const LONGEST_DOWNTIME: Duration = Duration::from_secs(3600);
+pub const LONGEST_DOWNTIME: Duration = Duration::from_secs(3600);
 /// A guest file is some lines; more is another file.
 const MAX_GUEST_FILE: u64 = 1 << 20;
 
@@ -45,6 +46,8 @@ pub struct MigrateOptions {
     pub lanes: u8,
     /// QUIC connections.
     pub connections: u8,
+    /// How the sender finds out what the link carries.
+    pub congestion: Congestion,
     /// Compression.
     pub compress: CompressMode,
     /// How much is compared before the decision.
@@ -186,6 +189,7 @@ impl MigrateOptions {
             max_bandwidth: None,
             lanes: DEFAULT_LANES,
             connections: 1,
+            congestion: Congestion::default(),
             compress: CompressMode::Auto,
             verify: Verify::Off,
             json: false,
@@ -220,6 +224,7 @@ impl MigrateArgs {
             max_bandwidth: self.max_bandwidth,
             lanes: self.lanes,
             connections: self.connections,
+            congestion: self.congestion,
             compress: self.compress,
             verify: self.verify,
             json: self.json,

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser};
+use vmferry_common::congestion::Congestion;
 use vmferry_common::units::Rate;
 use vmferry_hypervisor::config::{DiskMode, DriverKind};
 
@@ -53,6 +54,7 @@ fn defaults_are_those_of_the_manual() {
     assert_eq!(options.compress, CompressMode::Auto);
     assert_eq!(options.verify, Verify::Off);
     assert_eq!(options.max_bandwidth, None);
+    assert_eq!(options.congestion, Congestion::Model);
     assert!(!options.json);
 }
 
@@ -60,7 +62,7 @@ fn defaults_are_those_of_the_manual() {
 fn every_option_reaches_the_engine() {
     let options = options(
         "--cutover manual --max-downtime 1s --pause-timeout 2s --max-bandwidth 1Gbit --timeout 2h --on-stall force \
-         --lanes 32 --connections 4 --compress 3 --verify full --hooks /h --identity /i --state /s --json",
+         --lanes 32 --connections 4 --congestion cubic --compress 3 --verify full --hooks /h --identity /i --state /s --json",
     )
     .unwrap();
     assert_eq!(options.limits.cutover, Cutover::Manual);
@@ -70,6 +72,7 @@ fn every_option_reaches_the_engine() {
     assert_eq!(options.limits.on_stall, OnStall::Force);
     assert_eq!(options.max_bandwidth, Some(Rate(125_000_000)));
     assert_eq!((options.lanes, options.connections), (32, 4));
+    assert_eq!(options.congestion, Congestion::Cubic);
     assert_eq!(options.compress, CompressMode::Level(3));
     assert_eq!(options.verify, Verify::Full);
     assert_eq!(options.hooks, PathBuf::from("/h"));
@@ -99,6 +102,7 @@ fn wrong_usage_is_refused_with_exit_code_2() {
         "migrate web-1 --to beta:7447 --lanes 65",
         "migrate web-1 --to beta:7447 --connections 0",
         "migrate web-1 --to beta:7447 --connections 17",
+        "migrate web-1 --to beta:7447 --congestion bbr",
         "migrate web-1 --to beta:7447 --compress 0",
         "migrate web-1 --to beta:7447 --compress 20",
         "migrate web-1 --to beta:7447 --compress best",
@@ -106,6 +110,10 @@ fn wrong_usage_is_refused_with_exit_code_2() {
         "status",
         "status a/b",
         "cutover web-1 web-2",
+        "set web-1",
+        "set web-1 max-bandwidth",
+        "set web-1 max-bandwidth=5",
+        "set web-1 timeout=1h",
         "resolve web-1",
         "explain",
         "unknown",

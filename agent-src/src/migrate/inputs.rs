@@ -161,6 +161,10 @@ impl Migration {
                 let _ = reply.send(self.status());
                 None
             }
+            Some(Command::Set(settings, reply)) => {
+                let _ = reply.send(self.set_limits(&settings));
+                None
+            }
             Some(Command::Cutover(waiter)) => {
                 self.waiters.push(waiter);
                 Some(Input::Trigger)

@@ -15,6 +15,7 @@ mod act;
 mod copy;
 mod flight;
 mod inputs;
+mod limits;
 mod link;
 mod show;
 mod stats;

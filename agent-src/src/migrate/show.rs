@@ -61,6 +61,7 @@ impl Migration {
             fields.insert("state".to_owned(), json!(self.handover.state_name()));
             fields.insert("to".to_owned(), json!(self.dialer.to.to_string()));
             fields.insert("sessions".to_owned(), json!(self.stats.sessions));
+            fields.insert("limits".to_owned(), self.limits());
         }
         status
     }
