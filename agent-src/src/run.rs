@@ -328,9 +328,21 @@ fn machine(
     desk: &Desk,
 ) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
     match desk.found(&options.guest.name)? {
-        Some(found) if is_unfinished(&found, options) => Ok(SourceHandover::recover(found)),
+        Some(found) if is_unfinished(&found, options) || is_stale_copy(&found, desk) => {
+            Ok(SourceHandover::recover(found))
+        }
         Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
     }
+}
+
+/// Whether the guest here is the very process that a commit has let go: its agent died before it ended it, and it must never be
+/// moved or run again.
+fn is_stale_copy(found: &SourceRecord, desk: &Desk) -> bool {
+    let here = desk.guest.process();
+    let known = &found.process;
+    matches!(found.state, SourceState::Released { .. })
+        && (known.pid, known.start_ticks, &known.boot_id)
+            == (here.pid, here.start_ticks, &here.boot_id)
 }
 
 /// Whether an earlier agent left something of this guest that must be finished, or can be gone on with.
@@ -432,12 +444,11 @@ async fn run(
 /// The state that the guest is in while nobody migrates it: it may be an earlier agent that paused it.
 fn state_before(record: &SourceRecord, found: RunState) -> RunState {
     match record.state {
-        SourceState::Copying { .. } | SourceState::Released { .. } | SourceState::Ended { .. } => {
-            found
-        }
+        SourceState::Copying { .. } | SourceState::Ended { .. } => found,
         SourceState::Pausing { .. }
         | SourceState::Committing { .. }
         | SourceState::RolledBack { .. }
+        | SourceState::Released { .. }
         | SourceState::Fenced { .. } => record.run_state_before,
     }
 }
