@@ -212,6 +212,7 @@ fn options(run: &Run) -> MigrateOptions {
         max_bandwidth: wish.max_bandwidth,
         lanes: wish.lanes,
         connections: wish.connections,
+        congestion: vmferry_common::congestion::Congestion::default(),
         compress: wish.compress,
         verify: wish.verify,
         json: false,
