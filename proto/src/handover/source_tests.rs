@@ -429,6 +429,42 @@ fn hand_9_an_operator_resolves_only_doubt_and_never_resumes_with_shared_disks() 
 }
 
 #[test]
+fn hand_9_a_fenced_that_a_restart_found_is_not_overruled_since_the_guest_may_run_already() {
+    let found = super::SourceRecord {
+        state: SourceState::Fenced { key: KEY },
+        ..at(false, to_doubt()).record()
+    };
+    let (mut machine, _) = SourceHandover::recover(found);
+    let outcome = E::Outcome(Outcome {
+        key: KEY,
+        verdict: COMMITTED,
+    });
+    let after = feed(&mut machine, [outcome, E::Recorded]);
+    assert!(resumes(&after));
+}
+
+#[test]
+fn what_failed_with_the_guest_is_tried_again_after_a_while() {
+    let again = A::StartTimer(Timer::Retry);
+    let lost = E::ConnectionLost { reason: why() };
+    let mut resuming = at(false, to_streaming());
+    feed(&mut resuming, [lost, E::Recorded]);
+    let failed = feed(&mut resuming, [E::ResumeFailed { reason: why() }]);
+    assert!(failed.contains(&again));
+    assert!(resumes(&feed(&mut resuming, [E::TimedOut(Timer::Retry)])));
+    let committed = E::Outcome(Outcome {
+        key: KEY,
+        verdict: COMMITTED,
+    });
+    let mut releasing = at(false, to_doubt());
+    feed(&mut releasing, [committed, E::Recorded]);
+    let failed = feed(&mut releasing, [E::ReleaseFailed { reason: why() }]);
+    assert!(failed.contains(&again));
+    let released = feed(&mut releasing, [E::TimedOut(Timer::Retry)]);
+    assert!(released.contains(&A::Release));
+}
+
+#[test]
 fn hand_10_another_run_state_at_the_pause_aborts_and_is_what_the_rollback_restores() {
     let mut events = to_streaming();
     events.pop();
@@ -514,4 +550,23 @@ fn a_cancel_waits_for_a_pause_under_way_and_ends_the_migration_after_the_rollbac
 fn back_off_grows_to_five_seconds() {
     let millis: Vec<u128> = (0..9).map(|n| back_off(n).as_millis()).collect();
     assert_eq!(millis, [100, 100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+}
+
+#[test]
+fn between_pause_and_commit_lies_one_record() {
+    let mut machine = source(false);
+    let mut records = None;
+    for event in to_doubt() {
+        let actions = machine.handle(event).unwrap();
+        for action in actions {
+            if matches!(action, A::PauseGuest { .. }) {
+                records = Some(0);
+            }
+            if matches!(action, A::Record(_)) {
+                records = records.map(|count| count + 1);
+            }
+        }
+    }
+    assert_eq!(machine.state_name(), "IN-DOUBT");
+    assert_eq!(records, Some(1));
 }

@@ -9,6 +9,7 @@ use crate::message::{AttemptKey, Outcome, ToDestination, Verdict};
 
 use super::super::Unexpected;
 use super::super::permit::RunPermit;
+use super::super::record::SourceState;
 use super::machine::{Actions, MAX_FAILURES, SourceHandover, journal_report};
 use super::state::{Ask, Doubt, Link, State, Step};
 use super::{SourceAction, SourceEnd, SourceReport, Timer};
@@ -178,12 +179,14 @@ impl SourceHandover {
             self.settle(outcome.key, end, &outcome.verdict, actions);
             return Ok(());
         }
-        // The word of the register itself overrules the operator's as long as the guest stands still.
+        // The word of the register itself overrules the operator's as long as the guest stands still. A FENCED that a restart found may have let
+        // it go before: then the operator's word holds.
         if let State::Fencing {
             key,
             step: Step::Recording,
         } = &self.state
             && *key == outcome.key
+            && self.is_still_committing()
         {
             self.settle(outcome.key, None, &outcome.verdict, actions);
             return Ok(());
@@ -192,6 +195,13 @@ impl SourceHandover {
             return self.on_outcome_before_commit(outcome, actions);
         }
         self.late(outcome.key.attempt, "Outcome")
+    }
+
+    fn is_still_committing(&self) -> bool {
+        matches!(
+            self.journal.durable().map(|record| &record.state),
+            Some(SourceState::Committing { .. })
+        )
     }
 
     const fn is_before_commit(&self) -> bool {
