@@ -28,6 +28,7 @@ pub mod command;
 pub mod config;
 mod coverage;
 mod durable;
+mod earlier;
 mod error;
 mod flusher;
 mod hooks;

@@ -27,6 +27,7 @@ use vmferry_proto::message::Hello;
 use vmferry_proto::session_destination::{DestinationSession, DestinationSessionEvent};
 
 use crate::admission;
+use crate::earlier;
 use crate::error::chain;
 use crate::hooks::Hooks;
 use crate::host::Host;
@@ -163,6 +164,11 @@ impl Server {
             Ok(config) => config,
             Err(error) => return opening.refuse(&error),
         };
+        if let Some(record) = self.replaced(&opening) {
+            let answering = earlier::answer(opening, record, self.host.register);
+            self.tasks.spawn(answering);
+            return;
+        }
         let slot = self.slot(&opening.hello.guest);
         let mut slot = slot.lock().await;
         if self.stop.is_cancelled() {
@@ -184,6 +190,14 @@ impl Server {
             );
             opening.refuse(&error);
         }
+    }
+
+    /// The record that answers for a migration which a newer one has replaced. What cannot be read is refused further on.
+    fn replaced(&self, opening: &Opening) -> Option<DestinationRecord> {
+        let hello = &opening.hello;
+        let record = self.host.store.destination(&hello.guest).ok()??;
+        let admission = admit(hello, opening.peer.as_str(), None, Some(&record));
+        matches!(admission, Ok(Admission::Replaced)).then_some(record)
     }
 
     fn slot(&self, guest: &GuestName) -> Slot {
@@ -215,13 +229,18 @@ impl Server {
         let admission = admit(hello, peer.as_str(), source.as_ref(), record.as_ref())?;
         match (admission, record) {
             (Admission::Known, Some(record)) => Ok(self.resume(record, config, lock, true)),
-            (Admission::Known | Admission::New, _) => {
+            (Admission::Replaced, _) => Err(WireError::new(
+                ErrorCode::GuestBusy,
+                "a newer migration has just replaced this one: try again",
+            )),
+            (Admission::Known | Admission::New, record) => {
                 let facts = DestinationFacts {
                     guest: hello.guest.clone(),
                     migration: hello.migration,
                     generation: hello.generation,
                     sender: peer.as_str().to_owned(),
                     register: self.host.register,
+                    earlier: record.map_or_else(Vec::new, |record| record.outcomes()),
                 };
                 let handover = DestinationHandover::new(facts.clone());
                 let begun = Begun {
@@ -250,6 +269,7 @@ impl Server {
             generation: record.generation,
             sender: record.sender.clone(),
             register: record.register,
+            earlier: record.earlier.clone(),
         };
         let leftover = record.process.clone();
         // Its memory cannot be taken in hand again, so whatever is there is replaced by a fresh copy.

@@ -92,7 +92,10 @@ impl Outgoing {
     }
 
     /// Whether `message` is due, and what it is.
-    fn heard(&self, message: ToDestination) -> Result<DestinationSessionEvent, WireError> {
+    pub(crate) fn heard(
+        &self,
+        message: ToDestination,
+    ) -> Result<DestinationSessionEvent, WireError> {
         self.order()
             .on_message(message)
             .map_err(|violation| violation.to_wire())
@@ -127,7 +130,12 @@ pub(crate) fn refuse(outgoing: Outgoing, connections: Vec<Connection>, error: &W
 }
 
 /// Closes `connections` once the peer has closed its end or has had its time to read what was sent.
-fn part(outgoing: Outgoing, connections: Vec<Connection>, code: u32, reason: &'static str) {
+pub(crate) fn part(
+    outgoing: Outgoing,
+    connections: Vec<Connection>,
+    code: u32,
+    reason: &'static str,
+) {
     // Without a handle left the writer finishes the stream behind the last message.
     drop(outgoing);
     tokio::spawn(async move {

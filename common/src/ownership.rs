@@ -22,7 +22,7 @@ pub const SOURCE_VERSION: u32 = 1;
 /// Kind of the destination's records.
 pub const DESTINATION_KIND: &str = "destination";
 /// Layout version of the destination's records.
-pub const DESTINATION_VERSION: u32 = 1;
+pub const DESTINATION_VERSION: u32 = 2;
 
 /// The source's record file of a guest.
 #[must_use]
@@ -180,7 +180,7 @@ fn of_source(record: &SourceRecord) -> Ownership {
 }
 
 fn of_destination(record: &DestinationRecord) -> Ownership {
-    let sender = &record.sender;
+    let (name, sender) = (&record.guest, &record.sender);
     let (may_run, why) = match &record.state {
         DestinationState::Owned { .. } => {
             (true, format!("it came from {sender} and is this host's"))
@@ -200,7 +200,15 @@ fn of_destination(record: &DestinationRecord) -> Ownership {
         guest: record.guest.clone(),
         may_run,
         why,
-        next: None,
+        next: match &record.state {
+            DestinationState::Receiving | DestinationState::Opened { .. } => Some(format!(
+                "the migration's end, at either host: `vmferry-src status {name}` on {sender} says how it stands"
+            )),
+            DestinationState::Owned { .. }
+            | DestinationState::Aborted { .. }
+            | DestinationState::Relinquished { .. }
+            | DestinationState::Ended { .. } => None,
+        },
         role: Some("destination"),
         state: Some(record.state.name()),
         migration: Some(record.migration.to_string()),
@@ -301,6 +309,7 @@ mod tests {
             register: RegisterId::from_bytes([2; 16]),
             process: None,
             state,
+            earlier: Vec::new(),
         }
     }
 

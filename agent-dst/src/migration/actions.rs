@@ -22,7 +22,7 @@ use crate::receipt::{self, ReceiptContext};
 use crate::session::Opening;
 
 /// How this agent names itself in `Welcome`.
-const AGENT: &str = concat!("vmferry-dst ", env!("CARGO_PKG_VERSION"));
+pub(crate) const AGENT: &str = concat!("vmferry-dst ", env!("CARGO_PKG_VERSION"));
 
 impl Migration {
     /// Feeds what the peer said; what the machine does not expect is the peer's violation.

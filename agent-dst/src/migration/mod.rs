@@ -10,6 +10,8 @@ mod copy;
 mod events;
 mod jobs;
 
+pub(crate) use actions::AGENT;
+
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;

@@ -407,3 +407,18 @@ fn a_cancel_while_the_copy_is_made_is_answered_by_cancelled_and_by_no_refusal() 
     let gone = feed(&mut machine, [E::Discarded]);
     assert!(gone.contains(&A::Send(ToSource::Cancelled)), "{gone:?}");
 }
+
+#[test]
+fn between_the_opened_attempt_and_the_start_lies_one_record() {
+    let mut machine = at(to_opened());
+    let mut records = 0;
+    let mut started = false;
+    for event in to_starting().split_off(to_opened().len()) {
+        for action in machine.handle(event).unwrap() {
+            records += usize::from(matches!(action, A::Record(_)));
+            started |= matches!(action, A::Start { .. });
+        }
+    }
+    assert!(started);
+    assert_eq!(records, 1);
+}

@@ -3,13 +3,14 @@
 //! Owns the two machines that decide which side may run the guest, their durable records, the outcome
 //! register's answers and the right to run a guest as a value. The machines are pure: an event goes in,
 //! actions come out, and the agent carries them out in their order and feeds their results back. Invariants are the
-//! rules `[HAND-1]` to `[HAND-11]` of `PROTOCOL.md`.
+//! rules `[HAND-1]` to `[HAND-16]` of `PROTOCOL.md`.
 //!
 //! How an agent drives one: take the next event (a message, the end of an action, a timer, an operator's wish), call
 //! `handle`, carry out what it returns. A `Record` is answered by `Recorded` or `RecordFailed`; no second one
 //! is issued before. An event that does not fit the state changes nothing and is returned as [`Unexpected`].
 
 pub mod destination;
+mod earlier;
 mod journal;
 mod owner;
 mod permit;
@@ -20,6 +21,7 @@ pub use destination::{
     CopyFound, DestinationAction, DestinationEnd, DestinationEvent, DestinationFacts,
     DestinationHandover, DestinationReport,
 };
+pub use earlier::{EarlierOutcome, MAX_EARLIER};
 pub use owner::{Admission, Ownership, OwnershipClaim, admit, owner_of_host};
 pub use permit::RunPermit;
 pub use record::{

@@ -7,6 +7,7 @@ use crate::error::{ErrorCode, WireError};
 use crate::ids::{Attempt, Generation, MigrationId};
 use crate::message::Hello;
 
+use super::earlier::EarlierOutcome;
 use super::record::{DestinationRecord, DestinationState, SourceRecord, SourceState};
 
 /// What one record says about this host.
@@ -129,6 +130,8 @@ pub enum Admission {
     New,
     /// One that it knows: feed `SessionOpened` to its machine.
     Known,
+    /// One that a newer migration has replaced: its source may only ask, and is answered by the record (`[HAND-16]`).
+    Replaced,
 }
 
 /// Whether a `Hello` from `sender` may open a session, given both records of this host.
@@ -146,6 +149,10 @@ pub fn admit(
         && known.migration == hello.migration
     {
         return admit_known(hello, sender, known);
+    }
+    if let Some(earlier) = destination.and_then(|record| earlier_of(record, hello)) {
+        check_sender(&earlier.sender, sender)?;
+        return Ok(Admission::Replaced);
     }
     let newest = source
         .map(|record| record.generation)
@@ -180,15 +187,7 @@ fn admit_known(
     sender: &str,
     known: &DestinationRecord,
 ) -> Result<Admission, WireError> {
-    if known.sender != sender {
-        return Err(WireError::new(
-            ErrorCode::NotAuthorized,
-            format!(
-                "this migration was opened by {}, not by {sender}",
-                known.sender
-            ),
-        ));
-    }
+    check_sender(&known.sender, sender)?;
     if known.guest != hello.guest || known.generation != hello.generation {
         return Err(WireError::new(
             ErrorCode::ProtocolViolation,
@@ -202,6 +201,20 @@ fn admit_known(
         return Err(stale_session(hello.session, known.session));
     }
     Ok(Admission::Known)
+}
+
+fn earlier_of<'a>(record: &'a DestinationRecord, hello: &Hello) -> Option<&'a EarlierOutcome> {
+    record.earlier.iter().find(|earlier| earlier.is_of(hello))
+}
+
+fn check_sender(opened_by: &str, sender: &str) -> Result<(), WireError> {
+    if opened_by == sender {
+        return Ok(());
+    }
+    Err(WireError::new(
+        ErrorCode::NotAuthorized,
+        format!("this migration was opened by {opened_by}, not by {sender}"),
+    ))
 }
 
 /// The refusal of a session whose number was used before.

@@ -1,13 +1,13 @@
 //! Who may run the guest, and who is let in, by the journals alone (`[HAND-11]`).
 
-use super::testing::{KEY, destination, source, why};
+use super::testing::{KEY, OTHER_KEY, destination, source, why};
 use super::{
-    Admission, DestinationRecord, DestinationState, OwnershipClaim, SourceRecord, SourceState,
-    admit, owner_of_host,
+    Admission, DestinationRecord, DestinationState, MAX_EARLIER, OwnershipClaim, RegisterAnswer,
+    SourceRecord, SourceState, admit, owner_of_host,
 };
 use crate::error::ErrorCode;
 use crate::ids::{Attempt, Generation, MigrationId, SessionNumber};
-use crate::message::Hello;
+use crate::message::{AttemptKey, Hello, Verdict};
 use crate::spec::RunState;
 use crate::version::{Features, SUPPORTED};
 
@@ -123,4 +123,70 @@ fn a_new_migration_needs_a_higher_generation_and_a_guest_that_is_free_here() {
         },
     );
     assert_eq!(code(None, Some(&ended)), Ok(Admission::New));
+}
+
+/// The record of a newer migration that replaced one which ended like this.
+fn replaced(state: DestinationState) -> DestinationRecord {
+    let earlier = dst(4, state).outcomes();
+    DestinationRecord {
+        migration: MigrationId::from_bytes([7; 16]),
+        sender: "gamma".to_owned(),
+        earlier,
+        ..dst(6, DestinationState::Receiving)
+    }
+}
+
+#[test]
+fn hand_16_a_replaced_migration_is_answered_for_ever() {
+    let verdict = |state, key: &AttemptKey| match replaced(state).answer(key) {
+        RegisterAnswer::Settled(verdict) => verdict,
+        RegisterAnswer::Undecided => panic!("undecided"),
+    };
+    assert!(matches!(verdict(OWNED, &KEY), Verdict::Committed { .. }));
+    let lost = DestinationState::Ended {
+        last: Attempt(2),
+        reason: why(),
+    };
+    assert!(matches!(verdict(lost.clone(), &KEY), Verdict::Aborted(_)));
+    // Of two attempts the first was aborted, though the second was committed.
+    let second = DestinationState::Owned {
+        attempt: Attempt(2),
+        to: RunState::Running,
+        started: true,
+    };
+    assert!(matches!(verdict(second, &KEY), Verdict::Aborted(_)));
+    let later = AttemptKey {
+        attempt: Attempt(3),
+        ..KEY
+    };
+    assert_eq!(verdict(lost.clone(), &later), Verdict::Unknown);
+    assert_eq!(verdict(lost, &OTHER_KEY), Verdict::Unknown);
+    // Nobody is in doubt about a migration without an attempt.
+    assert_eq!(verdict(DestinationState::Receiving, &KEY), Verdict::Unknown);
+}
+
+#[test]
+fn hand_16_only_the_sender_of_a_replaced_migration_may_ask_about_it() {
+    let record = replaced(OWNED);
+    let admission = |sender| admit(&hello(4, 9), sender, None, Some(&record));
+    assert_eq!(admission("alpha"), Ok(Admission::Replaced));
+    assert_eq!(
+        admission("gamma").unwrap_err().code,
+        ErrorCode::NotAuthorized
+    );
+}
+
+#[test]
+fn hand_16_the_oldest_outcomes_are_forgotten_first() {
+    let mut record = dst(1, OWNED);
+    for generation in 2..100u8 {
+        record = DestinationRecord {
+            migration: MigrationId::from_bytes([generation; 16]),
+            earlier: record.outcomes(),
+            ..dst(u64::from(generation), OWNED)
+        };
+    }
+    assert_eq!(record.earlier.len(), MAX_EARLIER);
+    let newest = record.earlier.last().unwrap().migration;
+    assert_eq!(newest, MigrationId::from_bytes([98; 16]));
 }

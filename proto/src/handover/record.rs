@@ -11,6 +11,8 @@ use crate::ids::{Attempt, Generation, GuestName, MigrationId, RegisterId, Sessio
 use crate::message::{AttemptKey, Verdict};
 use crate::spec::RunState;
 
+use super::earlier::EarlierOutcome;
+
 /// A hypervisor process, so named that another one with the same pid is not taken for it (`[HAND-7]`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ProcessRecord {
@@ -117,6 +119,8 @@ pub struct DestinationRecord {
     pub process: Option<ProcessRecord>,
     /// How far the handover is.
     pub state: DestinationState,
+    /// Outcomes of migrations of this guest before this one, oldest first (`[HAND-16]`).
+    pub earlier: Vec<EarlierOutcome>,
 }
 
 /// How far the handover is at the destination: the outcome register's content.
@@ -174,15 +178,16 @@ impl DestinationRecord {
     /// What this record, taken as durable, says of `key`.
     ///
     /// A lower attempt than the opened one is aborted, since an attempt is opened only when the one before
-    /// is settled. A higher one, another migration's or another register's is unknown, which settles nothing.
+    /// is settled. A higher one, an unknown migration's or another register's is unknown, which settles nothing.
     #[must_use]
     pub fn answer(&self, key: &AttemptKey) -> RegisterAnswer {
         let known = self.state.attempt();
-        if key.migration != self.migration
-            || key.register != self.register
-            || key.attempt > known
-            || key.attempt == Attempt(0)
-        {
+        if key.migration != self.migration {
+            let earlier = self.earlier.iter().find(|it| it.migration == key.migration);
+            let verdict = earlier.map_or(Verdict::Unknown, |earlier| earlier.answer(key));
+            return RegisterAnswer::Settled(verdict);
+        }
+        if key.register != self.register || key.attempt > known || key.attempt == Attempt(0) {
             return RegisterAnswer::Settled(Verdict::Unknown);
         }
         if key.attempt < known {

@@ -50,5 +50,6 @@ pub(super) fn destination() -> DestinationHandover {
         generation: Generation(4),
         sender: "alpha".to_owned(),
         register: KEY.register,
+        earlier: Vec::new(),
     })
 }

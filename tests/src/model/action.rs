@@ -30,6 +30,8 @@ pub enum Mutation {
     StartsByItself,
     /// Questions go to, and answers are believed from, whichever register is there.
     BelieveOtherRegister,
+    /// A newer migration's record forgets what became of the one before.
+    ForgetsEarlier,
 }
 
 /// How often each fault may happen, and how far the good case may go.
@@ -45,6 +47,7 @@ pub struct Bounds {
     pub cancels: u8,
     pub give_ups: u8,
     pub folder_switches: u8,
+    pub newer_migrations: u8,
     pub fencing: bool,
 }
 
@@ -72,6 +75,7 @@ pub enum Fault {
     GiveUp,
     Fence,
     SwitchFolder,
+    NewerMigration,
     ByItself,
     ResumeInDoubt,
     DestinationLosesSession,
@@ -295,6 +299,9 @@ impl HandoverModel {
         if used.give_ups < bounds.give_ups {
             fault(Fault::GiveUp);
         }
+        if used.newer_migrations < bounds.newer_migrations && world.may_be_replaced() {
+            fault(Fault::NewerMigration);
+        }
         fault(Fault::DestinationLosesSession);
     }
 
@@ -464,6 +471,10 @@ impl HandoverModel {
                 next.used.folder_switches += 1;
                 next.switch_folder();
             }
+            Fault::NewerMigration => {
+                next.used.newer_migrations += 1;
+                next.replace(m);
+            }
             Fault::ByItself => next.destination.guest = Guest::Running,
             Fault::ResumeInDoubt => next.source.guest = Guest::Running,
             Fault::DestinationLosesSession => {
@@ -593,7 +604,8 @@ pub(super) fn committed(world: &World) -> bool {
             .map(|record| &record.state),
         Some(SourceState::Released { .. })
     );
-    owned && released && world.destination.guest == Guest::Running
+    let runs = world.destination.guest == Guest::Running || world.elsewhere;
+    (owned || world.replaced_after_commit()) && released && runs
 }
 
 pub(super) fn rolled_back(world: &World) -> bool {

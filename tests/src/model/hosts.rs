@@ -10,8 +10,8 @@ use std::sync::Arc;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
     CopyFound, DestinationAction, DestinationEvent, DestinationFacts, DestinationHandover,
-    DestinationRecord, DestinationState, Peer, ProcessRecord, SourceAction, SourceEvent,
-    SourceFacts, SourceHandover, SourceRecord, SourceState, Timer,
+    DestinationRecord, DestinationState, EarlierOutcome, Peer, ProcessRecord, SourceAction,
+    SourceEvent, SourceFacts, SourceHandover, SourceRecord, SourceState, Timer,
 };
 use vmferry_proto::ids::{Attempt, Generation, MigrationId, RegisterId, SessionNumber};
 use vmferry_proto::message::{
@@ -196,6 +196,7 @@ pub struct Used {
     pub cancels: u8,
     pub give_ups: u8,
     pub folder_switches: u8,
+    pub newer_migrations: u8,
 }
 
 /// What has happened, for `sometimes` properties and rules about the past.
@@ -217,6 +218,8 @@ pub struct World {
     pub destination: Shared<DestinationSide>,
     /// Everything that was ever sent.
     pub network: Shared<BTreeSet<Message>>,
+    /// The guest has left the destination for a third host and runs there.
+    pub elsewhere: bool,
     /// Faults so far.
     pub used: Used,
     /// History.
@@ -229,7 +232,7 @@ pub(super) const REGISTERS: [RegisterId; 2] = [
     RegisterId::from_bytes([0xa; 16]),
     RegisterId::from_bytes([0xb; 16]),
 ];
-const MIGRATION: MigrationId = MigrationId::from_bytes([1; 16]);
+pub(super) const MIGRATION: MigrationId = MigrationId::from_bytes([1; 16]);
 
 pub(super) fn reason() -> WireError {
     WireError {
@@ -246,7 +249,7 @@ fn process() -> ProcessRecord {
     }
 }
 
-fn source_machine() -> SourceHandover {
+pub(super) fn source_machine() -> SourceHandover {
     SourceHandover::new(SourceFacts {
         guest: "g".parse().expect("a legal name"),
         migration: MIGRATION,
@@ -267,6 +270,7 @@ fn destination_machine(register: RegisterId) -> DestinationHandover {
         generation: Generation(1),
         sender: String::new(),
         register,
+        earlier: Vec::new(),
     })
 }
 
@@ -294,6 +298,7 @@ impl World {
                 fenced: false,
             }),
             network: Shared::new(BTreeSet::new()),
+            elsewhere: false,
             used: Used::default(),
             seen: Seen::default(),
             bad: None,
@@ -322,6 +327,7 @@ impl World {
     pub fn runners(&self) -> usize {
         usize::from(self.source.guest == Guest::Running)
             + usize::from(self.destination.guest == Guest::Running)
+            + usize::from(self.elsewhere)
     }
 
     pub(super) fn say(&mut self, message: Message) {
@@ -516,6 +522,10 @@ impl World {
 
     /// Delivers one message to the destination's agent.
     pub(super) fn reach_destination(&mut self, message: Message, mutation: Option<Mutation>) {
+        if self.is_replaced() {
+            self.ask_replaced(message);
+            return;
+        }
         let current = self
             .destination
             .machine
@@ -728,6 +738,12 @@ impl World {
         };
     }
 
+    /// Whether the destination runs with another state folder than the one whose answer the source waits for.
+    pub(super) fn has_wrong_folder(&self) -> bool {
+        let asked = self.committing_register();
+        !self.destination.fenced && asked.is_some_and(|asked| asked != self.destination.register)
+    }
+
     /// The hypervisor at the source carries out a `cont`.
     pub(super) fn source_continues(&mut self, mutation: Option<Mutation>) {
         self.source.cont = false;
@@ -773,6 +789,11 @@ impl World {
             .into_iter()
             .filter_map(|disk| disk.durable.as_ref())
             .any(|record| match &record.state {
+                _ if record.migration != MIGRATION => {
+                    let aborts =
+                        |earlier: &EarlierOutcome| !earlier.committed && earlier.attempt >= attempt;
+                    record.earlier.iter().any(aborts)
+                }
                 DestinationState::Aborted { attempt: a, .. }
                 | DestinationState::Relinquished { attempt: a, .. }
                 | DestinationState::Ended { last: a, .. } => *a >= attempt,
@@ -834,7 +855,7 @@ impl World {
                     Some(DestinationState::Owned { .. })
                 )
             });
-        if !owned {
+        if !owned && !self.replaced_after_commit() {
             self.blame("[HAND-3] the source let go before OWNED");
         }
         self.source.work = None;

@@ -10,6 +10,7 @@
 mod action;
 mod check;
 mod hosts;
+mod replaced;
 mod schedule;
 
 pub use action::{Bounds, Fault, HandoverModel, Mutation, Step};

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 
 use vmferry_proto::handover::{DestinationState, Timer};
 
-use super::action::{HandoverModel, Step};
+use super::action::{Fault, HandoverModel, Step};
 use super::hosts::{Guest, Message, World};
 
 /// Longest schedule: a full in-doubt reconnect takes some thirty steps.
@@ -29,8 +29,7 @@ fn fingerprint(world: &World) -> u64 {
 impl HandoverModel {
     /// Whether the schedule without faults leads from here to exactly one runner.
     pub(super) fn ends_well(&self, world: &World) -> bool {
-        // With the wrong state folder in place it is in doubt for as long as that lasts: that is right (`[HAND-2]`).
-        if !self.check_ending || world.bad.is_some() || world.used.folder_switches > 0 {
+        if !self.check_ending || world.bad.is_some() {
             return true;
         }
         let mut path = Vec::new();
@@ -78,6 +77,14 @@ impl HandoverModel {
 fn schedule(world: &World) -> Vec<Step> {
     let (source, destination) = (&world.source, &world.destination);
     let mut steps = Vec::new();
+    if world.has_wrong_folder() {
+        // With the wrong state folder in place it is in doubt for as long as that lasts: that is right (`[HAND-2]`).
+        let stop = Fault::CrashDestination { landed: true };
+        steps.push(Step::Fault(match destination.machine {
+            Some(_) => stop,
+            None => Fault::SwitchFolder,
+        }));
+    }
     if destination.machine.is_none() && !destination.fenced {
         steps.push(Step::RestartDestination);
     }
@@ -112,9 +119,13 @@ fn schedule(world: &World) -> Vec<Step> {
             .filter(fits(world))
             .map(Step::Deliver),
     );
+    // An operator whose word was lost in a crash gives it again.
+    if destination.fenced && world.source_state() == "IN-DOUBT" {
+        steps.push(Step::Fault(Fault::Fence));
+    }
     steps.push(Step::SourceTimer(Timer::Retry));
     // A start is repeated for ever; where the copy is gone that is a circle.
-    let crashed = destination.guest == Guest::Missing
+    let crashed = copy_is_lost(world)
         && destination
             .machine
             .as_ref()
@@ -188,5 +199,11 @@ fn is_ordinary_crash(world: &World) -> bool {
             .map(|record| &record.state),
         Some(DestinationState::Owned { .. })
     );
-    world.runners() == 0 && world.destination.guest == Guest::Missing && owned
+    world.runners() == 0 && copy_is_lost(world) && owned
+}
+
+/// Nothing of the loaded copy is left. An agent that was started with the wrong state folder may have put a fresh one in its place.
+fn copy_is_lost(world: &World) -> bool {
+    let replaced = world.used.folder_switches > 0 && world.destination.guest == Guest::Fresh;
+    world.destination.guest == Guest::Missing || replaced
 }

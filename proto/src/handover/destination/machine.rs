@@ -56,6 +56,7 @@ impl DestinationHandover {
                 generation: record.generation,
                 sender: record.sender,
                 register: record.register,
+                earlier: record.earlier,
             },
             session: record.session,
             process: record.process,
@@ -148,6 +149,7 @@ impl DestinationHandover {
             register: self.facts.register,
             process: self.process.clone(),
             state: self.state.wanted(),
+            earlier: self.facts.earlier.clone(),
         }
     }
 

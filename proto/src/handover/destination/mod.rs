@@ -21,6 +21,7 @@ use crate::ids::{Attempt, Generation, GuestName, MigrationId, RegisterId, Sessio
 use crate::message::{AttemptKey, PrepareTiming, ToSource};
 use crate::spec::RunState;
 
+use super::earlier::EarlierOutcome;
 use super::permit::RunPermit;
 use super::record::{DestinationRecord, ProcessRecord};
 
@@ -39,6 +40,8 @@ pub struct DestinationFacts {
     pub sender: String,
     /// Register of this state folder (`[HAND-2]`).
     pub register: RegisterId,
+    /// [`DestinationRecord::outcomes`] of the record that the migration's first one replaces (`[HAND-16]`).
+    pub earlier: Vec<EarlierOutcome>,
 }
 
 /// What is found of the copy after a restart.
