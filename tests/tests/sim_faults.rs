@@ -6,9 +6,10 @@
 use std::time::Duration;
 
 use rustix::process::Signal;
+use vmferry_tests::harness::doubt::{answer_held_back, commit_into_the_void, kill};
 use vmferry_tests::harness::process::{Finished, Running, descriptors};
 use vmferry_tests::harness::role::Role;
-use vmferry_tests::harness::stage::soon;
+use vmferry_tests::harness::stage::{soon, wait_for_bytes};
 use vmferry_tests::harness::{Host, Proxy, SimGuest, SimSpec, Stage};
 
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
@@ -17,31 +18,8 @@ const END: Duration = Duration::from_secs(120);
 /// Slow enough that a test can act in the middle of the copy.
 const SLOW: [&str; 4] = ["--max-bandwidth", "6MiB/s", "--compress", "off"];
 
-fn small() -> SimSpec {
-    SimSpec {
-        ram: 32 << 20,
-        disk: 8 << 20,
-        dirty_rate: 1 << 20,
-        working_set: 1 << 20,
-        ..SimSpec::small("web")
-    }
-}
-
-fn status(host: &Host) -> Option<serde_json::Value> {
-    let status = host.ask(Role::Source, "status", "web", &["--json"]).ok()?;
-    status.json().ok()
-}
-
-/// Until so many bytes are accounted for at the destination.
-fn wait_for_bytes(stage: &Stage, running: &mut Running, bytes: u64) {
-    let seen = running.wait_for("the middle of the copy", END, |_, _| {
-        (status(&stage.alpha)?["bytes_done"].as_u64()? > bytes).then_some(())
-    });
-    seen.unwrap();
-}
-
 fn wait_in_copy(stage: &Stage, running: &mut Running) {
-    wait_for_bytes(stage, running, 4 << 20);
+    wait_for_bytes(&stage.alpha, "web", running, 4 << 20);
 }
 
 fn owner(host: &Host, role: Role) -> Finished {
@@ -64,26 +42,6 @@ fn recover(host: &Host) -> Finished {
     done
 }
 
-/// Ends the source agent as a crash would.
-fn kill(running: Running) {
-    running.signal(Signal::KILL).unwrap();
-    running.wait(END).unwrap();
-}
-
-fn runs(guest: &SimGuest, host: &Host) -> bool {
-    guest
-        .client(host)
-        .and_then(|mut client| Ok(client.status()?))
-        .is_ok_and(|status| status.state == vmferry_simguest::protocol::State::Running)
-}
-
-fn paused(guest: &SimGuest, host: &Host) -> bool {
-    guest
-        .client(host)
-        .and_then(|mut client| Ok(client.status()?))
-        .is_ok_and(|status| status.state == vmferry_simguest::protocol::State::Paused)
-}
-
 fn expect_traceless(guest: &SimGuest, before: &[String]) {
     let mut now = Vec::new();
     let as_before = soon(|| {
@@ -96,7 +54,7 @@ fn expect_traceless(guest: &SimGuest, before: &[String]) {
 #[test]
 fn a_link_that_is_lost_in_the_copy_comes_back() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let proxy = Proxy::to(stage.agent.port).unwrap();
     let mut running = stage
         .alpha
@@ -106,7 +64,7 @@ fn a_link_that_is_lost_in_the_copy_comes_back() {
             &[&SLOW[..], &PATIENT, &["--lanes", "2"]].concat(),
         )
         .unwrap();
-    wait_for_bytes(&stage, &mut running, 24 << 20);
+    wait_for_bytes(&stage.alpha, "web", &mut running, 24 << 20);
     proxy.cut();
     let noticed = running.wait_for("the loss", END, |_, said| {
         said.contains("connecting again").then_some(())
@@ -125,7 +83,7 @@ fn a_link_that_is_lost_in_the_copy_comes_back() {
     let report = done.json().unwrap();
     assert!(report["sessions"].as_u64().unwrap() >= 2, "{report}");
     let (content, raw, again) = (
-        small().ram + small().disk,
+        SimSpec::quiet("web").ram + SimSpec::quiet("web").disk,
         report["raw_bytes"].as_u64().unwrap(),
         report["resent_blocks"].as_u64().unwrap() * 4096,
     );
@@ -143,7 +101,7 @@ fn a_link_that_is_lost_in_the_copy_comes_back() {
 #[test]
 fn a_destination_agent_that_is_killed_in_the_copy_and_comes_back_is_gone_on_with() {
     let mut stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let before = descriptors(guest.first_pid());
     let mut running = stage.begin(&guest, &[&SLOW[..], &PATIENT].concat());
     wait_in_copy(&stage, &mut running);
@@ -167,7 +125,7 @@ fn a_destination_agent_that_is_killed_in_the_copy_and_comes_back_is_gone_on_with
 #[test]
 fn recover_removes_every_trace_of_a_killed_source_agent() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let before = descriptors(guest.first_pid());
     let mut running = stage.begin(&guest, &SLOW);
     wait_in_copy(&stage, &mut running);
@@ -186,13 +144,13 @@ fn recover_removes_every_trace_of_a_killed_source_agent() {
 #[test]
 fn recover_resumes_a_guest_that_a_killed_agent_left_paused() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let before = descriptors(guest.first_pid());
     let gate = stage.beta.gate("final").unwrap();
     let mut running = stage.begin(&guest, &PATIENT);
     gate.wait_reached(&mut running).unwrap();
     kill(running);
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     let said = owner(&stage.alpha, Role::Source);
     assert_eq!(said.code(), 1);
     assert!(
@@ -204,7 +162,7 @@ fn recover_resumes_a_guest_that_a_killed_agent_left_paused() {
     gate.remove().unwrap();
     let done = recover(&stage.alpha);
     assert_eq!(done.json().unwrap()["guest_now"], "runs-at-source");
-    assert!(runs(&guest, &stage.alpha));
+    assert!(guest.runs_on(&stage.alpha));
     expect_traceless(&guest, &before);
     assert_eq!(owner(&stage.alpha, Role::Source).code(), 0);
     stage.expect_stayed(&guest);
@@ -213,34 +171,13 @@ fn recover_resumes_a_guest_that_a_killed_agent_left_paused() {
     stage.expect_moved(&guest);
 }
 
-/// Brings a migration to where COMMITTING is durable at the source and its `Commit` was lost on the way.
-fn commit_into_the_void(stage: &Stage, proxy: &Proxy) -> Running {
-    let gate = stage.beta.gate("load").unwrap();
-    let mut running = stage
-        .alpha
-        .start_migrate("web", proxy.port(), &PATIENT)
-        .unwrap();
-    gate.wait_reached(&mut running).unwrap();
-    proxy.cut_there();
-    gate.remove().unwrap();
-    let seen = running.wait_for("COMMITTING", END, |_, _| {
-        let owner = stage
-            .alpha
-            .ask(Role::Source, "owner", "web", &["--json"])
-            .ok()?;
-        (owner.json().ok()?["state"] == "COMMITTING").then_some(())
-    });
-    seen.unwrap();
-    running
-}
-
 #[test]
 fn a_commit_that_was_lost_on_the_way_is_repeated() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let proxy = Proxy::to(stage.agent.port).unwrap();
     let running = commit_into_the_void(&stage, &proxy);
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     let said = owner(&stage.alpha, Role::Source);
     assert_eq!(said.code(), 1);
     assert!(said.stdout.contains("in doubt"), "{}", said.stdout);
@@ -255,14 +192,14 @@ fn a_commit_that_was_lost_on_the_way_is_repeated() {
 #[test]
 fn recover_commits_what_a_killed_agent_left_in_doubt() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let proxy = Proxy::to(stage.agent.port).unwrap();
     kill(commit_into_the_void(&stage, &proxy));
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     let said = owner(&stage.alpha, Role::Source);
     assert_eq!(said.code(), 1);
     assert!(said.stdout.contains("in doubt"), "{}", said.stdout);
-    assert!(!runs(&guest, &stage.beta));
+    assert!(!guest.runs_on(&stage.beta));
     proxy.restore();
     let done = recover(&stage.alpha);
     assert_eq!(done.code(), 0, "{}", stage.agent_log());
@@ -275,24 +212,15 @@ fn recover_commits_what_a_killed_agent_left_in_doubt() {
 #[test]
 fn an_answer_that_was_lost_leaves_one_runner_and_recover_learns_of_it() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let proxy = Proxy::to(stage.agent.port).unwrap();
-    let gate = stage.beta.gate("load").unwrap();
-    let mut running = stage
-        .alpha
-        .start_migrate("web", proxy.port(), &PATIENT)
-        .unwrap();
-    gate.wait_reached(&mut running).unwrap();
-    // Commit gets there; its answer is on the way for so long that the link is cut before it arrives.
-    proxy.delay_back(Duration::from_secs(2));
-    gate.remove().unwrap();
-    assert!(soon(|| runs(&guest, &stage.beta)), "{}", stage.agent_log());
+    let running = answer_held_back(&stage, &guest, &proxy);
     proxy.cut();
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     assert_eq!(owner(&stage.alpha, Role::Source).code(), 1);
     assert_eq!(owner(&stage.beta, Role::Destination).code(), 0);
     kill(running);
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     proxy.restore();
     let done = recover(&stage.alpha);
     assert_eq!(done.code(), 0, "{}", stage.agent_log());
@@ -304,7 +232,7 @@ fn an_answer_that_was_lost_leaves_one_runner_and_recover_learns_of_it() {
 #[test]
 fn a_source_that_stays_in_doubt_says_so_when_it_is_told_to_leave() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let proxy = Proxy::to(stage.agent.port).unwrap();
     let mut running = commit_into_the_void(&stage, &proxy);
     proxy.cut();
@@ -322,7 +250,7 @@ fn a_source_that_stays_in_doubt_says_so_when_it_is_told_to_leave() {
     let report = done.json().unwrap();
     assert_eq!(report["outcome"], "in-doubt");
     assert_eq!(report["guest_now"], "in-doubt");
-    assert!(paused(&guest, &stage.alpha));
+    assert!(guest.is_paused_on(&stage.alpha));
     assert_eq!(owner(&stage.alpha, Role::Source).code(), 1);
     // The destination host is lost for good: only the operator can say so.
     let resolved = stage
@@ -335,7 +263,7 @@ fn a_source_that_stays_in_doubt_says_so_when_it_is_told_to_leave() {
         )
         .unwrap();
     println!("resolve: {}{}", resolved.stdout, resolved.stderr);
-    assert!(runs(&guest, &stage.alpha));
+    assert!(guest.runs_on(&stage.alpha));
     assert_eq!(owner(&stage.alpha, Role::Source).code(), 0);
     guest.wait_for_beats(20).unwrap();
     guest.verify_on(&stage.alpha).unwrap();
@@ -344,7 +272,7 @@ fn a_source_that_stays_in_doubt_says_so_when_it_is_told_to_leave() {
 #[test]
 fn a_guest_that_is_shut_down_in_the_copy_ends_the_migration() {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
+    let guest = stage.guest(SimSpec::quiet("web"));
     let mut running = stage.begin(&guest, &SLOW);
     wait_in_copy(&stage, &mut running);
     guest.client(&stage.alpha).unwrap().shutdown().unwrap();

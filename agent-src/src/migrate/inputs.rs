@@ -17,6 +17,9 @@ use crate::error::{LinkError, MigrateError};
 use crate::local::Command;
 use crate::session::Session;
 
+/// For so long an agent that is told to stop while it is in doubt goes on asking, so that a destination that can be reached settles it.
+const LEAVE_AFTER: Duration = Duration::from_secs(10);
+
 /// Something happened.
 #[derive(Debug)]
 pub(super) enum Input {
@@ -114,9 +117,14 @@ impl Migration {
     }
 
     /// The moment at which `--timeout` ends the copy; never once a handover is under way, whose own timers bound it.
+    /// A doubt has one only where the process is told to stop.
     fn deadline(&self) -> Instant {
         const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
-        if self.handover.is_copying() && self.end.is_none() {
+        if let Some(leave_at) = self.leave_at
+            && self.handover.is_in_doubt()
+        {
+            leave_at
+        } else if self.handover.is_copying() && self.end.is_none() {
             self.began + self.options.limits.timeout
         } else {
             Instant::now() + FAR
@@ -133,6 +141,7 @@ impl Migration {
                 (life != GuestLife::Alive).then_some(Input::GuestEnded(life))
             }
             Ready::Timer(timer) => Some(Input::Timer(timer)),
+            Ready::Deadline if self.handover.is_in_doubt() => Some(Input::Leave),
             Ready::Deadline => Some(Input::Deadline),
             Ready::Tick => {
                 self.counters.tick(usize::from(self.options.lanes));
@@ -177,7 +186,10 @@ impl Migration {
                 self.waiters.push(waiter);
                 Some(Input::Fenced)
             }
-            Some(Command::Signal { name, again: false }) => Some(Input::Cancel(name)),
+            Some(Command::Signal { name, again: false }) => {
+                self.leave_at = Some(Instant::now() + LEAVE_AFTER);
+                Some(Input::Cancel(name))
+            }
             Some(Command::Signal { again: true, .. }) | None => Some(Input::Leave),
         }
     }

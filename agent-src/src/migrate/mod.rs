@@ -98,6 +98,8 @@ pub struct Migration {
     end: Option<SourceEnd>,
     /// Set where the process is told to stop while only the destination knows the outcome.
     left_in_doubt: bool,
+    /// When a process that was told to stop leaves although it is in doubt.
+    leave_at: Option<Instant>,
     only_recover: bool,
 }
 
@@ -230,6 +232,7 @@ impl Migration {
             began,
             end: None,
             left_in_doubt: false,
+            leave_at: None,
             only_recover,
             guest,
             options,

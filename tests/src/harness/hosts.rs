@@ -217,6 +217,21 @@ impl Host {
     /// # Errors
     /// It does not come up.
     pub fn serve_at(&self, port: u16, more: &[&str]) -> anyhow::Result<Agent> {
+        self.serve_by(self.serve_command(port, more))
+    }
+
+    /// As [`serve_at`](Self::serve_at), in a session of its own, as a service manager starts it.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn serve_in_session(&self, port: u16) -> anyhow::Result<Agent> {
+        let agent = self.serve_command(port, &[]);
+        let mut command = Command::new("setsid");
+        command.arg(agent.get_program()).args(agent.get_args());
+        self.serve_by(command)
+    }
+
+    fn serve_command(&self, port: u16, more: &[&str]) -> Command {
         let mut command = self.programs.command(Role::Destination);
         command
             .arg("serve")
@@ -230,6 +245,10 @@ impl Host {
             .arg("--hooks")
             .arg(self.path("hooks"));
         command.args(more);
+        command
+    }
+
+    fn serve_by(&self, command: Command) -> anyhow::Result<Agent> {
         let mut process = self.start("vmferry-dst", command)?;
         let mark = format!("{}:", self.address());
         let port = process.wait_for("listening", START_LIMIT, |out, _| {

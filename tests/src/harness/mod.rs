@@ -4,6 +4,7 @@
 //! destination agent, runs of the source agent. Processes are ended when their guard is dropped, by pid, and only those
 //! that were started here. Agents are the very command lines of the binaries: one executable plays all of them, see [`role`].
 
+pub mod doubt;
 pub mod hosts;
 pub mod leftovers;
 pub mod process;

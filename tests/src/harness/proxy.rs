@@ -2,7 +2,8 @@
 //!
 //! Owns one thread and the sockets. Each direction is cut and restored by itself; what is sent meanwhile is lost, as on a pulled
 //! cable. What comes from the destination can be held back for a time. It counts what it carries, which is what really
-//! went over the wire. It does not reorder.
+//! went over the wire. It can also take another port towards the destination, as an address translator does that has forgotten the flow: the
+//! destination sees the source's address change. It does not reorder.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -39,6 +40,8 @@ struct Link {
     /// For how long what comes back is held, in milliseconds.
     delay_back: AtomicU64,
     bytes_there: AtomicU64,
+    /// How often the destination was to see another address of the source.
+    moves: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -57,6 +60,7 @@ impl Proxy {
             backs: Vec::new(),
             known: HashMap::new(),
             held: VecDeque::new(),
+            moved: 0,
             link: link.clone(),
         };
         let thread = std::thread::Builder::new()
@@ -97,6 +101,11 @@ impl Proxy {
         self.link.delay_back.store(millis, Ordering::Relaxed);
     }
 
+    /// From now on the destination sees the source at another port; what is on its way to the old one is lost.
+    pub fn move_source(&self) {
+        self.link.moves.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Carries again, to the destination.
     pub fn restore_there(&self) {
         self.link.cut_there.store(false, Ordering::Relaxed);
@@ -134,6 +143,8 @@ struct Relay {
     known: HashMap<SocketAddr, usize>,
     /// On their way back: when they are due, to whom, what.
     held: VecDeque<(Instant, SocketAddr, Vec<u8>)>,
+    /// Moves of the source that are done.
+    moved: u64,
     link: Arc<Link>,
 }
 
@@ -141,10 +152,24 @@ impl Relay {
     fn run(mut self) -> io::Result<()> {
         let mut buffer = vec![0; DATAGRAM];
         while !self.link.stop.load(Ordering::Relaxed) {
+            self.move_source()?;
             self.wait()?;
             self.forward(&mut buffer)?;
             self.bring_back(&mut buffer);
             self.deliver();
+        }
+        Ok(())
+    }
+
+    fn move_source(&mut self) -> io::Result<()> {
+        let wanted = self.link.moves.load(Ordering::Relaxed);
+        if self.moved != wanted {
+            self.moved = wanted;
+            for (_, back) in &mut self.backs {
+                let other = socket()?;
+                other.connect(self.target)?;
+                *back = other;
+            }
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use toml::{Table, Value};
 use vmferry_simguest::Client;
+use vmferry_simguest::protocol::State;
 
 use super::hosts::Host;
 use super::process::Running;
@@ -56,6 +57,18 @@ impl SimSpec {
             fill: 75,
             content: "mixed",
             paused: false,
+        }
+    }
+
+    /// A still smaller one that works less: 32 MiB of RAM, 8 MiB of disk.
+    #[must_use]
+    pub fn quiet(name: &str) -> Self {
+        Self {
+            ram: 32 << 20,
+            disk: 8 << 20,
+            dirty_rate: 1 << 20,
+            working_set: 1 << 20,
+            ..Self::small(name)
         }
     }
 
@@ -212,6 +225,24 @@ impl SimGuest {
         self.client(host)
             .and_then(|mut client| Ok(client.status()?))
             .is_ok()
+    }
+
+    /// Whether the guest runs on `host`.
+    #[must_use]
+    pub fn runs_on(&self, host: &Host) -> bool {
+        self.has_state(host, State::Running)
+    }
+
+    /// Whether the guest stands still on `host`.
+    #[must_use]
+    pub fn is_paused_on(&self, host: &Host) -> bool {
+        self.has_state(host, State::Paused)
+    }
+
+    fn has_state(&self, host: &Host, state: State) -> bool {
+        self.client(host)
+            .and_then(|mut client| Ok(client.status()?))
+            .is_ok_and(|status| status.state == state)
     }
 
     /// Checks every page and disk block of the guest on `host` against what it must hold.

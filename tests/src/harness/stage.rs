@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use super::hosts::{Agent, Host, Hosts};
 use super::process::{Finished, Running};
-use super::role::Programs;
+use super::role::{Programs, Role};
 use super::sim::{SimGuest, SimSpec};
 
 /// How long something that must come true may take.
 pub const SOON: Duration = Duration::from_secs(30);
+/// How long a slow copy may take to come so far.
+const IN_COPY: Duration = Duration::from_secs(120);
 
 /// Two hosts and the agent of the second.
 #[derive(Debug)]
@@ -168,6 +170,24 @@ impl Stage {
         });
         assert!(clean, "left at beta: {left:?}\n{}", self.agent_log());
     }
+}
+
+/// What the source agent on `host` says of the migration of `guest`, as long as there is one.
+#[must_use]
+pub fn status(host: &Host, guest: &str) -> Option<serde_json::Value> {
+    let status = host.ask(Role::Source, "status", guest, &["--json"]).ok()?;
+    status.json().ok()
+}
+
+/// Waits until `running`, which migrates `guest` from `host`, has accounted for so many bytes at the destination.
+///
+/// # Panics
+/// It ends before.
+pub fn wait_for_bytes(host: &Host, guest: &str, running: &mut Running, bytes: u64) {
+    let seen = running.wait_for("the middle of the copy", IN_COPY, |_, _| {
+        (status(host, guest)?["bytes_done"].as_u64()? > bytes).then_some(())
+    });
+    seen.unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 /// Whether `holds` comes true within [`SOON`].
