@@ -115,8 +115,8 @@ pub enum Command {
     Resolve(ResolveArgs),
     /// Explain an ending or an error code: what is true now, and what to do.
     Explain {
-        /// The code, as logs and `--json` show it: in-doubt, not-converging, …
-        code: String,
+        /// The code, as logs and `--json` show it: in-doubt, not-converging, …; without it, all of them are listed.
+        code: Option<String>,
     },
 }
 

@@ -60,7 +60,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Owner(args) => owner(&args),
         Command::Recover(args) => recover(args, &cli.log),
         Command::Resolve(args) => resolve(&args, &cli.log),
-        Command::Explain { code } => explain_code(&code),
+        Command::Explain { code } => explain_code(code.as_deref()),
     }
 }
 
@@ -329,10 +329,10 @@ fn resolve(args: &ResolveArgs, log: &LogArgs) -> ExitCode {
     finish(on_runtime(work), Say::new(log, guest.json))
 }
 
-fn explain_code(code: &str) -> ExitCode {
-    match explain::explain(code) {
+fn explain_code(code: Option<&str>) -> ExitCode {
+    match code.map_or_else(|| Ok(explain::list()), explain::explain) {
         Ok(text) => {
-            println!("{text}");
+            print!("{text}");
             ExitCode::SUCCESS
         }
         Err(error) => usage(&error.to_string()),

@@ -1,6 +1,9 @@
 //! `vmferry-src explain CODE`: what each end of a migration and each error code means, where the guest runs
 //! now, and what to do next.
 //!
+//! Three kinds of codes say together how a migration ended: its outcome, the error that led there, and where the guest is where neither of
+//! them tells (`guest_now`). PROTOCOL.md has them all in a table, which a test compares.
+//!
 //! Owns the texts, which the closing summary and the `--json` object quote as well. Each is read by somebody who
 //! was woken for it: one sentence each, nothing that needs the manual. A new ending or error code without an
 //! entry does not compile.
@@ -9,6 +12,8 @@ use std::fmt::Write as _;
 
 use vmferry_common::phase::Ending;
 use vmferry_proto::error::ErrorCode;
+
+use crate::report::GuestNow;
 
 /// What there is to say of a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +70,38 @@ pub const fn of_ending(ending: Ending) -> Entry {
         now,
         todo,
     }
+}
+
+/// What there is to say of a guest that is where its ending does not tell; `None` where the ending says it.
+#[must_use]
+pub const fn of_guest_now(now: GuestNow) -> Option<Entry> {
+    let (code, meaning, todo) = match now {
+        GuestNow::RunsAtDestination
+        | GuestNow::RunsAtSource
+        | GuestNow::PausedAtSource
+        | GuestNow::InDoubt => return None,
+        GuestNow::PausedAtDestination => (
+            "paused-at-destination",
+            "The guest was paused when its migration began, and has moved as it was.",
+            "Resume it there whenever you like.",
+        ),
+        GuestNow::StuckAtSource => (
+            "stuck-at-source",
+            "The attempt was given up, and the guest could not be resumed, or the rollback could not be recorded.",
+            "Remove the cause of the error, then run vmferry-src recover NAME: it resumes the guest here.",
+        ),
+        GuestNow::Ended => (
+            "ended",
+            "The guest was shut down, its process is gone, or an operator resolved a doubt about a guest with a shared disk.",
+            "Boot it afresh where it belongs: vmferry-src owner NAME says whether that is this host.",
+        ),
+    };
+    Some(Entry {
+        code,
+        meaning,
+        now: now.sentence(),
+        todo,
+    })
 }
 
 /// What there is to say of an error with this code.
@@ -214,12 +251,15 @@ const HOOK_VETO: Texts = (
     "The detail has the script and what it printed: satisfy it, or take it away.",
 );
 
-/// Every entry: the endings, then the error codes.
+/// Every entry: the endings, where the guest is beside them, then the error codes.
 pub fn entries() -> impl Iterator<Item = Entry> {
     let endings = Ending::ALL.iter().map(|&ending| of_ending(ending));
     let errors = ErrorCode::ALL.iter().map(|&code| of_error(code));
+    let guests = GuestNow::ALL.iter().filter_map(|&now| of_guest_now(now));
     // `cancelled` is both, and says the same.
-    endings.chain(errors.filter(|entry| entry.code != Ending::Cancelled.name()))
+    endings
+        .chain(guests)
+        .chain(errors.filter(|entry| entry.code != Ending::Cancelled.name()))
 }
 
 /// A code that nothing is known of.
@@ -260,11 +300,30 @@ pub fn list() -> String {
     })
 }
 
+/// All of it as the table of PROTOCOL.md.
+#[must_use]
+pub fn table() -> String {
+    let head =
+        "| code | what happened | what is true now | what to do |\n| --- | --- | --- | --- |\n";
+    entries().fold(head.to_owned(), |mut text, entry| {
+        let Entry {
+            code,
+            meaning,
+            now,
+            todo,
+        } = entry;
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "| `{code}` | {meaning} | {now} | {todo} |");
+        text
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
-    use super::{entries, explain, of_ending, of_error};
+    use super::{entries, explain, of_ending, of_error, of_guest_now, table};
+    use crate::report::GuestNow;
     use vmferry_common::phase::Ending;
     use vmferry_proto::error::ErrorCode;
 
@@ -296,7 +355,11 @@ mod tests {
                 assert!(!text.contains("  "), "{}: {text}", entry.code);
             }
         }
-        assert_eq!(seen.len(), Ending::ALL.len() + ErrorCode::ALL.len() - 1);
+        let beside = 3;
+        assert_eq!(
+            seen.len(),
+            Ending::ALL.len() + beside + ErrorCode::ALL.len() - 1
+        );
     }
 
     #[test]
@@ -313,6 +376,36 @@ mod tests {
         let entry = of_ending(Ending::InDoubt);
         assert!(entry.now.contains("paused at the source"));
         assert!(entry.todo.contains("recover") && entry.todo.contains("fenced"));
+    }
+
+    #[test]
+    fn the_protocol_has_this_very_table() {
+        let protocol = include_str!("../../proto/PROTOCOL.md");
+        let section = protocol
+            .split_once("\n### Every way to end\n")
+            .map(|(_, rest)| rest.split("\n#").next().unwrap_or_default());
+        let rows: String = section
+            .unwrap()
+            .lines()
+            .filter(|line| line.starts_with('|'))
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        assert_eq!(
+            rows,
+            table(),
+            "the table of PROTOCOL.md must be\n{}",
+            table()
+        );
+    }
+
+    #[test]
+    fn what_the_report_says_of_a_guest_is_explained_by_its_word() {
+        for &now in GuestNow::ALL {
+            let word = serde_json::to_value(now).unwrap();
+            if let Some(entry) = of_guest_now(now) {
+                assert_eq!(word, entry.code);
+            }
+        }
     }
 
     #[test]

@@ -266,8 +266,9 @@ impl Report {
 
 /// What to do: of the ending where that decides (moved, in doubt, cancelled), else of the error.
 fn todo(outcome: Ending, guest_now: GuestNow, code: Option<ErrorCode>) -> &'static str {
-    if guest_now == GuestNow::StuckAtSource {
-        return "Remove the cause of the error, then run vmferry-src recover NAME: it resumes the guest here.";
+    let stuck = (guest_now == GuestNow::StuckAtSource).then(|| explain::of_guest_now(guest_now));
+    if let Some(entry) = stuck.flatten() {
+        return entry.todo;
     }
     match (outcome, code) {
         (Ending::Committed | Ending::InDoubt | Ending::Cancelled, _)
@@ -277,6 +278,17 @@ fn todo(outcome: Ending, guest_now: GuestNow, code: Option<ErrorCode>) -> &'stat
 }
 
 impl GuestNow {
+    /// All of them.
+    pub const ALL: &[Self] = &[
+        Self::RunsAtDestination,
+        Self::PausedAtDestination,
+        Self::RunsAtSource,
+        Self::PausedAtSource,
+        Self::StuckAtSource,
+        Self::Ended,
+        Self::InDoubt,
+    ];
+
     /// One sentence for a person.
     #[must_use]
     pub const fn sentence(self) -> &'static str {

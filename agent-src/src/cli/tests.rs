@@ -115,7 +115,7 @@ fn wrong_usage_is_refused_with_exit_code_2() {
         "set web-1 max-bandwidth=5",
         "set web-1 timeout=1h",
         "resolve web-1",
-        "explain",
+        "explain a b",
         "unknown",
     ] {
         let error = parse(line).expect_err(line);
