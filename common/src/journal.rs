@@ -297,9 +297,12 @@ fn checksum(version: u32, value: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::{Locked, NewFile, Patience};
     use std::fs;
+    use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     #[derive(Debug, Clone, PartialEq, Serialize, serde::Deserialize)]
     struct Record {
@@ -316,6 +319,82 @@ mod tests {
 
     fn file(dir: &Path) -> RecordFile<Record> {
         RecordFile::new(dir.join("guest.record"), 3)
+    }
+
+    /// The files of this host; counts the waits for the disk.
+    #[derive(Debug, Default, Clone)]
+    struct Counting(Arc<AtomicU32>);
+
+    struct CountedFile(Box<dyn NewFile>, Arc<AtomicU32>);
+
+    impl Write for CountedFile {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
+    }
+
+    impl NewFile for CountedFile {
+        fn sync(&mut self) -> io::Result<()> {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            self.0.sync()
+        }
+    }
+
+    impl Storage for Counting {
+        fn blocks(&self) -> bool {
+            Files.blocks()
+        }
+
+        fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+            Files.read(path)
+        }
+
+        fn create(&self, path: &Path) -> io::Result<Box<dyn NewFile>> {
+            Ok(Box::new(CountedFile(Files.create(path)?, self.0.clone())))
+        }
+
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            Files.rename(from, to)
+        }
+
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            Files.remove(path)
+        }
+
+        fn sync_folder(&self, folder: &Path) -> io::Result<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Files.sync_folder(folder)
+        }
+
+        fn make_folder(&self, path: &Path) -> io::Result<()> {
+            Files.make_folder(path)
+        }
+
+        fn list(&self, folder: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+            Files.list(folder)
+        }
+
+        fn lock(&self, path: &Path, patience: Patience) -> io::Result<Locked> {
+            Files.lock(path, patience)
+        }
+    }
+
+    /// The guest stands still for one record of each side: this is what the journal costs it there.
+    #[test]
+    fn a_record_costs_two_waits_for_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let storage = Counting::default();
+        let path = dir.path().join("guest.record");
+        let file = RecordFile::on(Arc::new(storage.clone()), path, 3);
+        for attempt in 1..4 {
+            file.write(&record(attempt)).unwrap();
+            assert_eq!(storage.0.load(Ordering::Relaxed), attempt * 2);
+        }
+        assert_eq!(file.read().unwrap(), Some(record(3)));
     }
 
     #[test]

@@ -100,6 +100,11 @@ impl Table {
         Ok(())
     }
 
+    fn journal(&self) -> &Series {
+        let at = PARTS.iter().position(|part| *part == "journal");
+        &self.parts[at.unwrap_or_default()]
+    }
+
     fn print(&self, gap: Target) {
         println!("{}\n{}", self.gap, self.downtime);
         for part in &self.parts {
@@ -108,6 +113,10 @@ impl Table {
         println!(
             "{}\n{}\n{}\n{}",
             self.durable, self.stall, self.hold, self.barrier
+        );
+        println!(
+            "the journals' share of the downtime: {:.0} % (one record at each side: two fsyncs)",
+            100.0 * self.journal().median() / self.downtime.median()
         );
         gap.judge("downtime, median", self.gap.median(), "ms");
         Target::AtMost(2.0).judge(
