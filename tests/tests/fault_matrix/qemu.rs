@@ -1,0 +1,293 @@
+//! The moments that differ for a real guest: its memory is tracked inside its hypervisor, its disks are exported and marked there, and
+//! its destination's hypervisor is used up by one load.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use vmferry_tests::harness::hosts::Agent;
+use vmferry_tests::harness::process::{self, Finished, Running, descriptors};
+use vmferry_tests::harness::qemu::{Hold, Pair, wait_gone};
+use vmferry_tests::harness::role::{Programs, Role};
+use vmferry_tests::harness::stage::soon;
+use vmferry_tests::harness::{Proxy, doubt};
+use vmferry_tests::lab::{Content, Disk, JudgeParams, Lab, Qemu};
+
+use super::PROGRAMS;
+use super::fault::{Place, Victim};
+
+const END: Duration = Duration::from_secs(180);
+const MIB: u64 = 1 << 20;
+const OPTIONS: [&str; 4] = ["--max-downtime", "5s", "--pause-timeout", "8s"];
+const CUT: Duration = Duration::from_millis(1500);
+
+#[test]
+fn the_source_agent_of_a_real_guest_is_killed() {
+    strike(
+        Victim::SourceAgent,
+        &["copy", "final", "load", "commit", "start"],
+    );
+}
+
+#[test]
+fn the_destination_agent_of_a_real_guest_is_killed() {
+    strike(
+        Victim::DestinationAgent,
+        &["copy", "final", "load", "commit", "start"],
+    );
+}
+
+#[test]
+fn both_agents_of_a_real_guest_are_killed() {
+    strike(Victim::BothAgents, &["copy", "final", "commit", "start"]);
+}
+
+#[test]
+fn the_qemu_at_the_source_is_killed() {
+    strike(Victim::SourceGuest, &["copy", "final", "commit"]);
+}
+
+#[test]
+fn the_qemu_at_the_destination_is_killed() {
+    strike(
+        Victim::DestinationGuest,
+        &["copy", "load", "commit", "start"],
+    );
+}
+
+#[test]
+fn the_link_of_a_real_guest_is_cut_and_restored() {
+    strike(Victim::Link, &["copy", "final", "commit", "start"]);
+}
+
+fn strike(victim: Victim, phases: &[&'static str]) {
+    let Some(lab) = Lab::get() else { return };
+    for phase in phases {
+        if let Some(place) = victim.leaves_it(phase) {
+            println!("--- {victim:?} of a real guest in phase {phase}");
+            let name = format!("{victim:?}-{phase}").to_lowercase();
+            Scene::at(lab, &name, phase).strike(victim).settled(place);
+        }
+    }
+}
+
+/// A migration that stands in a phase.
+struct Scene {
+    pair: Pair,
+    source: Qemu,
+    agent: Agent,
+    proxy: Proxy,
+    hold: Option<Hold>,
+    migration: Option<Running>,
+    /// Descriptors of the source's QEMU before anybody touched it.
+    before: Vec<String>,
+    done: Option<Finished>,
+}
+
+impl Scene {
+    fn at(lab: &'static Lab, name: &str, phase: &'static str) -> Self {
+        let guest = lab
+            .guest(name)
+            .memory_mib(128)
+            .disk(Disk::qcow2(16 * MIB))
+            .judge(JudgeParams {
+                memory: 32 * MIB,
+                working_set: 8 * MIB,
+                content: Content::Random,
+                ..JudgeParams::default()
+            })
+            .build();
+        let programs = Programs::played_by(PROGRAMS.as_ref());
+        let pair = Pair::new(programs, guest.unwrap()).unwrap();
+        pair.expect_launched().unwrap();
+        let source = pair.boot().unwrap();
+        let before = descriptors(source.pid());
+        let agent = pair.beta.host.serve(&[]).unwrap();
+        let proxy = Proxy::to(agent.port).unwrap();
+        let mut scene = Self {
+            pair,
+            source,
+            agent,
+            proxy,
+            hold: None,
+            migration: None,
+            before,
+            done: None,
+        };
+        scene.begin(phase);
+        scene
+    }
+
+    fn name(&self) -> &str {
+        self.pair.guest.name()
+    }
+
+    fn begin(&mut self, phase: &str) {
+        let late = matches!(phase, "commit" | "start");
+        let hold = if late {
+            self.pair.beta.hold_at("load")
+        } else {
+            self.pair.alpha.hold_at(phase)
+        };
+        let hold = hold.unwrap();
+        let port = self.proxy.port();
+        let begun = self
+            .pair
+            .alpha
+            .host
+            .start_migrate(self.name(), port, &OPTIONS);
+        let mut migration = begun.unwrap();
+        hold.wait_reached(&mut migration).unwrap();
+        match phase {
+            "commit" => {
+                self.proxy.cut_there();
+                hold.release().unwrap();
+                assert!(soon(|| self.recorded(Role::Source) == "COMMITTING"));
+            }
+            "start" => {
+                self.proxy.delay_back(Duration::from_secs(4));
+                hold.release().unwrap();
+                assert!(soon(|| self.recorded(Role::Destination) == "OWNED"));
+                assert!(soon(|| self.pair.guest.beats().pids().len() == 2));
+            }
+            _ => self.hold = Some(hold),
+        }
+        self.migration = Some(migration);
+    }
+
+    /// State of the record of one side.
+    fn recorded(&self, role: Role) -> String {
+        let host = match role {
+            Role::Destination => &self.pair.beta.host,
+            Role::Source | Role::SimGuest => &self.pair.alpha.host,
+        };
+        let said = host.ask(role, "owner", self.name(), &["--json"]).unwrap();
+        let state = said.json().map(|said| said["state"].clone());
+        state
+            .unwrap_or_default()
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    }
+
+    /// The fault, and what an administrator does about it.
+    fn strike(mut self, victim: Victim) -> Self {
+        match victim {
+            Victim::SourceAgent => self.kill_source_agent(),
+            Victim::DestinationAgent => self.kill_destination_agent(),
+            Victim::BothAgents => {
+                self.kill_source_agent();
+                self.kill_destination_agent();
+            }
+            Victim::SourceGuest => process::kill(self.source.pid()),
+            Victim::DestinationGuest => self.kill_incoming(),
+            Victim::Link => self.proxy.cut(),
+        }
+        if let Some(hold) = self.hold.take() {
+            hold.release().unwrap();
+        }
+        if victim == Victim::Link {
+            std::thread::sleep(CUT);
+        }
+        if matches!(victim, Victim::DestinationAgent | Victim::BothAgents) {
+            self.agent = self.pair.beta.host.serve_at(self.agent.port, &[]).unwrap();
+        }
+        self.proxy.restore();
+        self.done = Some(match self.migration.take() {
+            Some(migration) => migration.wait(END).unwrap(),
+            None => {
+                let alpha = &self.pair.alpha.host;
+                alpha
+                    .ask(Role::Source, "recover", self.name(), &["--json"])
+                    .unwrap()
+            }
+        });
+        self
+    }
+
+    fn kill_source_agent(&mut self) {
+        doubt::kill(self.migration.take().unwrap());
+    }
+
+    fn kill_destination_agent(&mut self) {
+        self.agent.process.signal(Signal::KILL).unwrap();
+        let agent = &mut self.agent.process;
+        assert!(soon(|| agent.has_ended().unwrap()));
+    }
+
+    fn kill_incoming(&self) {
+        let folder = self.pair.beta.place.folder().display().to_string();
+        let pids = process::with_words(&folder);
+        assert!(!pids.is_empty(), "no QEMU was launched at beta");
+        pids.into_iter().for_each(process::kill);
+    }
+
+    fn settled(self, place: Place) {
+        let done = self.done.as_ref().unwrap();
+        println!("{}{}", done.stdout, done.stderr);
+        let place = match (place, done.code()) {
+            (Place::AsTold, 0) => Place::Beta,
+            (Place::AsTold, 1) => Place::Alpha,
+            (Place::AsTold, code) => panic!("exit code {code}"),
+            (place, _) => place,
+        };
+        match place {
+            Place::Alpha | Place::AsTold => self.stayed(),
+            Place::Beta => self.moved(),
+            Place::DiedAtAlpha => {
+                wait_gone(self.source.pid()).unwrap();
+                self.pair.nothing_at(&self.pair.beta).unwrap();
+                assert_eq!(done.json().unwrap()["guest_now"], "ended");
+                self.owned_by(true);
+            }
+            // It lived there, and nobody runs it elsewhere.
+            Place::DiedAtBeta => {
+                wait_gone(self.source.pid()).unwrap();
+                self.owned_by(false);
+            }
+        }
+    }
+
+    fn stayed(&self) {
+        let pair = &self.pair;
+        pair.stayed(self.source.pid(), &pair.beta).unwrap();
+        pair.guest.verify_now().unwrap();
+        let mut now = Vec::new();
+        let traceless = soon(|| {
+            now = descriptors(self.source.pid());
+            now == self.before
+        });
+        assert!(traceless, "descriptors {:?} became {now:?}", self.before);
+        self.owned_by(true);
+        pair.move_guest((&pair.alpha, &pair.beta), &self.agent, &OPTIONS)
+            .unwrap();
+        assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 1);
+    }
+
+    fn moved(&self) {
+        let pair = &self.pair;
+        wait_gone(self.source.pid()).unwrap();
+        pair.guest.wait_for_beats(100).unwrap();
+        pair.guest.verify_now().unwrap();
+        self.owned_by(false);
+        let back = pair.alpha.host.serve(&[]).unwrap();
+        pair.move_guest((&pair.beta, &pair.alpha), &back, &OPTIONS)
+            .unwrap();
+        assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 2);
+    }
+
+    /// Both programs of both hosts name the owner.
+    fn owned_by(&self, alpha: bool) {
+        for (side, here) in [(&self.pair.alpha, alpha), (&self.pair.beta, !alpha)] {
+            for role in [Role::Source, Role::Destination] {
+                let said = side.host.ask(role, "owner", self.name(), &[]).unwrap();
+                assert_eq!(
+                    said.code(),
+                    i32::from(!here),
+                    "{}{}",
+                    said.stdout,
+                    said.stderr
+                );
+            }
+        }
+    }
+}
