@@ -4,6 +4,7 @@
 //! identities that own a migration) is `vmferry_proto::handover::admit`'s. Nothing of the guest is touched for a
 //! `Hello` that fails here.
 
+use vmferry_common::causes::chain;
 use vmferry_common::identity::PeerName;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -12,7 +13,6 @@ use vmferry_proto::message::{Hello, Welcome};
 use vmferry_proto::session::agree;
 
 use crate::config::{GuestFiles, Lookup};
-use crate::error::chain;
 
 /// The guest file for `hello`, if its sender may send this guest.
 ///

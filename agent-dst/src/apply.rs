@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use vmferry_common::causes::chain;
 use vmferry_common::codec::{CodecError, Decoder};
 use vmferry_common::lanes::{LaneError, LaneReceiver};
 use vmferry_hypervisor::GuestError;
@@ -19,7 +20,7 @@ use vmferry_proto::frame::FrameHeader;
 use vmferry_proto::ids::{FrameSeq, Lane};
 
 use crate::board::Board;
-use crate::error::{chain, guest_to_wire};
+use crate::error::guest_to_wire;
 use crate::meter::Meter;
 use crate::session::SessionEvent;
 use crate::sink::{Sink, Target};

@@ -38,8 +38,8 @@ pub enum Command {
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Address and UDP port to wait on, such as `[::]:4600`; port 0 takes a free one, named on stdout.
-    #[arg(long, value_name = "ADDR:PORT")]
+    /// Address and UDP port to wait on, such as `[::]:7447`; port 0 takes a free one, named on stdout.
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_listen)]
     pub listen: SocketAddr,
     /// Folder with cert.pem, key.pem and ca.pem, as `vmferry-certs issue` makes it.
     #[arg(long, value_name = "DIR", default_value = "/etc/vmferry/identity")]
@@ -83,4 +83,10 @@ pub struct NameArgs {
     /// One JSON object on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    let words =
+        "an IP address of this host and a UDP port: write it as in [::]:7447 or 192.0.2.2:7447";
+    text.parse().map_err(|_| words.to_owned())
 }

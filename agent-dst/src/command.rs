@@ -3,11 +3,13 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use crate::cli::{Cli, Command, NameArgs, StatusArgs};
-use crate::{chain, serve};
 use clap::Parser;
+use vmferry_common::causes::chain;
 use vmferry_common::ownership::{self, Ownership};
 use vmferry_common::state::StateDir;
+
+use crate::cli::{Cli, Command, NameArgs, StatusArgs};
+use crate::serve;
 
 /// Runs the command line `args`, program name first.
 #[must_use]

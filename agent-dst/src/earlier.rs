@@ -12,9 +12,9 @@ use vmferry_proto::message::{AttemptKey, Outcome, ToSource, Verdict};
 use vmferry_proto::session_destination::DestinationSessionEvent;
 
 use crate::admission;
-use crate::error::chain;
 use crate::migration::AGENT;
 use crate::session::{self, Opening};
+use vmferry_common::causes::chain;
 
 /// Longest time of such a session: the source has its guest to let go or to resume in it.
 const SESSION_TIME: Duration = Duration::from_secs(60);

@@ -3,25 +3,9 @@
 //! Owns the mapping from local errors to wire codes. Local enums never go on the wire; what does is a code and one
 //! sentence that also makes sense at the other end.
 
-use std::error::Error;
-
+use vmferry_common::causes::chain;
 use vmferry_hypervisor::{GuestError, GuestLife};
 use vmferry_proto::error::{ErrorCode, WireError};
-
-/// The error with all its causes, in one line; a cause that only repeats what was said is left out.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.ends_with(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        cause = error.source();
-    }
-    text
-}
 
 /// A driver's error as the peer is told; `doing` says what was being done.
 pub(crate) fn guest_to_wire(error: &GuestError, doing: &str) -> WireError {

@@ -7,13 +7,12 @@
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use vmferry_common::causes::chain;
 use vmferry_common::hooks::Hooks as Scripts;
 use vmferry_common::phase::{HookPoint, Phase};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::DestinationFacts;
 use vmferry_proto::ids::GuestName;
-
-use crate::error::chain;
 
 /// The hooks of one migration.
 #[derive(Debug, Clone)]

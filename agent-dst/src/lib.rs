@@ -35,7 +35,6 @@ mod hooks;
 mod host;
 mod meter;
 mod migration;
-mod process;
 mod receipt;
 pub mod serve;
 mod server;
@@ -46,7 +45,6 @@ mod store;
 mod streams;
 mod verify;
 
-pub use error::chain;
 pub use host::Host;
 pub use server::Server;
 pub use status::{LaneStatus, MigrationStatus};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use vmferry_common::causes::chain;
 use vmferry_common::lanes::IncomingStream;
 use vmferry_common::phase::Phase;
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -16,7 +17,6 @@ use vmferry_proto::message::{Final, PrepareTiming, ToSource};
 use vmferry_proto::spec::RunState;
 
 use crate::board::Board;
-use crate::error::chain;
 use crate::hooks::Hooks;
 use crate::session::Outgoing;
 use crate::sink::Sink;
@@ -187,7 +187,11 @@ impl Script {
         }
         board.reached(&order.lanes).await;
         self.check_stopped(order)?;
-        self.say(ToSource::Progress(board.positions())).await
+        if self.context.outgoing.send_progress(board).await {
+            Ok(())
+        } else {
+            Err(ReceiptError::Lost)
+        }
     }
 
     /// Between two `Final`s blocks may be sent again; what follows the last one must not exist.

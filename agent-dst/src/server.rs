@@ -12,6 +12,7 @@ use quinn::{Connection, Endpoint, Incoming};
 use tokio::sync::{Mutex, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use vmferry_common::causes::chain;
 use vmferry_common::control;
 use vmferry_common::endpoint::{self, TransportTuning};
 use vmferry_common::identity::PeerName;
@@ -28,7 +29,6 @@ use vmferry_proto::session_destination::{DestinationSession, DestinationSessionE
 
 use crate::admission;
 use crate::earlier;
-use crate::error::chain;
 use crate::hooks::Hooks;
 use crate::host::Host;
 use crate::migration::{self, MigrationHandle, Parts, Request};
@@ -365,10 +365,8 @@ impl Server {
     /// Whether an agent that starts has something to do for this record.
     fn needs_work(&self, record: &DestinationRecord) -> bool {
         use vmferry_proto::handover::DestinationState as State;
-        let lives = |process| {
-            let process = crate::process::identity(process);
-            self.host.hypervisors.is_alive(&process)
-        };
+        let lives =
+            |process: &ProcessRecord| self.host.hypervisors.is_alive(&process.clone().into());
         match &record.state {
             State::Owned { started, .. } => !started,
             State::Ended { .. } => record.process.as_ref().is_some_and(lives),

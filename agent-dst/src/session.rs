@@ -11,6 +11,7 @@ use quinn::Connection;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use vmferry_common::causes::chain;
 use vmferry_common::control::{ControlReceiver, ControlSender};
 use vmferry_common::identity::PeerName;
 use vmferry_common::lanes::IncomingStream;
@@ -24,7 +25,6 @@ use vmferry_proto::session_destination::{DestinationSession, DestinationSessionE
 
 use crate::apply::{self, LaneContext, LaneFailed};
 use crate::board::Board;
-use crate::error::chain;
 use crate::flusher;
 use crate::meter::Meter;
 use crate::sink::Sink;
@@ -109,6 +109,19 @@ impl Outgoing {
     pub(crate) fn send(&self, message: ToSource) -> bool {
         self.order().on_sent(&message);
         self.queue.try_send(message).is_ok()
+    }
+
+    /// Queues how far `board` is, as soon as there is room; false if the peer is gone. The positions are read when nobody else can
+    /// queue any more, so that of two who tell them at once neither tells older ones later. Cancel safe.
+    pub(crate) async fn send_progress(&self, board: &Board) -> bool {
+        let Ok(room) = self.queue.reserve().await else {
+            return false;
+        };
+        let mut order = self.order();
+        let message = ToSource::Progress(board.positions());
+        order.on_sent(&message);
+        room.send(message);
+        true
     }
 
     /// Queues `message` as soon as there is room; false if the peer is gone. Cancel safe.
@@ -420,10 +433,7 @@ async fn report(board: Arc<Board>, meter: Arc<Meter>, outgoing: Outgoing, stop: 
     let report_all = async {
         while changes.changed().await.is_ok() {
             meter.sample(std::time::Instant::now());
-            if !outgoing
-                .send_when_free(ToSource::Progress(board.positions()))
-                .await
-            {
+            if !outgoing.send_progress(&board).await {
                 return;
             }
             tokio::time::sleep(PROGRESS_EVERY).await;
@@ -450,6 +460,52 @@ async fn flush_failure(flow: &mut Option<Flow>) -> WireError {
         Ok(Ok(())) | Err(_) => {
             flow.flush_failed = true;
             std::future::pending().await
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::sync::mpsc;
+    use vmferry_proto::ids::{FrameSeq, Lane};
+    use vmferry_proto::message::ToSource;
+    use vmferry_proto::session_destination::DestinationSession;
+    use vmferry_proto::spec::RegionKind;
+
+    use super::Outgoing;
+    use crate::board::Board;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn progress_that_two_tell_at_once_never_goes_back() {
+        const EACH: usize = 20_000;
+        let (queue, mut messages) = mpsc::channel(4);
+        let outgoing = Outgoing {
+            queue,
+            order: Arc::new(Mutex::new(DestinationSession::new())),
+        };
+        let board = Arc::new(Board::new(1));
+        let tell = |outgoing: Outgoing, board: Arc<Board>| async move {
+            for _ in 0..EACH {
+                assert!(outgoing.send_progress(&board).await);
+            }
+        };
+        let tellers = [
+            tokio::spawn(tell(outgoing.clone(), board.clone())),
+            tokio::spawn(tell(outgoing, board.clone())),
+        ];
+        let mut last = FrameSeq(0);
+        for told in 1..=2 * EACH as u64 {
+            board.note_applied(Lane(0), FrameSeq(told), RegionKind::Memory, 1);
+            let Some(ToSource::Progress(lanes)) = messages.recv().await else {
+                panic!("no progress");
+            };
+            assert!(last <= lanes[0].applied, "{last} and then {lanes:?}");
+            last = lanes[0].applied;
+        }
+        for teller in tellers {
+            teller.await.unwrap();
         }
     }
 }

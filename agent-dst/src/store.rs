@@ -4,14 +4,13 @@
 //! The destination writes its own records only, but reads those of the source beside them: both together say who owns a
 //! guest (`[HAND-11]`).
 
+use vmferry_common::causes::chain;
 use vmferry_common::journal::{JournalError, JournalReadError, RecordFile};
 use vmferry_common::ownership;
 use vmferry_common::state::{GuestLock, LockError, StateDir, StateError};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{DestinationRecord, SourceRecord};
 use vmferry_proto::ids::GuestName;
-
-use crate::error::chain;
 
 /// The records of one state folder.
 #[derive(Debug, Clone)]

@@ -8,12 +8,11 @@ use std::time::Duration;
 use quinn::Connection;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use vmferry_common::causes::chain;
 use vmferry_common::lanes::{self, IncomingStream, LaneError};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::StreamKind;
 use vmferry_proto::ids::{MigrationId, SessionNumber};
-
-use crate::error::chain;
 
 /// How long the 32 bytes of a stream header may take behind the stream itself: they share its first packet.
 const HEADER_TIME: Duration = Duration::from_secs(10);

@@ -31,19 +31,57 @@ async fn say_bytes(site: &Site, bytes: &[u8], finish: bool) -> ErrorCode {
     }
 }
 
+/// Bytes without sense, the same in each run.
+struct Noise(u64);
+
+impl Noise {
+    const fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut next = || {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0.to_le_bytes()[3]
+        };
+        (0..count).map(|_| next()).collect()
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_frame_are_refused() {
+    let site = Site::new();
+    let mut noise = Noise::new();
+    for number in 1..=12 {
+        let mut client = Client::ready(&site, number).await;
+        let mut bytes = client
+            .stream_header(StreamKind::Lane { lane: Lane(0) })
+            .encode()
+            .to_vec();
+        // In every second round after a good frame.
+        if number % 2 == 0 {
+            let (header, payload) = client.frame(0, 0, WindowBits::first(2), 0x5a);
+            bytes.extend(header.encode());
+            bytes.extend(&payload);
+        }
+        bytes.extend(noise.bytes(4096));
+        let _lane = client.open_raw(&bytes).await;
+        client.expect_error(ErrorCode::BadFrame).await;
+        site.is_clean().await;
+    }
+    site.still_serves().await;
+}
+
 #[tokio::test]
 async fn bytes_that_are_no_message_are_refused() {
     let site = Site::new();
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for round in 0..24_usize {
+    let mut noise = Noise::new();
+    for round in 0..24 {
         // A length that fits, so that the body is looked at, and then anything.
         let mut bytes = 40u32.to_le_bytes().to_vec();
-        for _ in 0..40 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            bytes.push(state.to_le_bytes()[round % 8]);
-        }
+        bytes.extend(noise.bytes(40));
         assert_eq!(
             say_bytes(&site, &bytes, false).await,
             ErrorCode::ProtocolViolation,
@@ -149,13 +187,7 @@ async fn sessions_and_migrations_do_not_mix() {
     let mut newer = Client::welcome(&site, second).await;
     first.expect_error(ErrorCode::StaleSession).await;
     newer.offer().await;
-    newer
-        .say(ToDestination::Cancel {
-            reason: support::cancelled(),
-        })
-        .await;
-    newer.expect_cancelled().await;
-    drop(newer);
+    newer.cancel().await;
     site.still_serves().await;
 }
 

@@ -53,13 +53,7 @@ async fn a_lost_session_goes_on_from_what_was_applied() {
         (vec![3, 1], vec![3, 1]),
         "drained and flushed"
     );
-    second
-        .say(ToDestination::Cancel {
-            reason: cancelled(),
-        })
-        .await;
-    second.expect_cancelled().await;
-    drop(second);
+    second.cancel().await;
     site.still_serves().await;
 }
 
@@ -134,13 +128,7 @@ async fn a_copy_with_a_gap_is_not_complete() {
         reason.detail.contains("ram") && reason.detail.contains("block 128"),
         "{reason}"
     );
-    client
-        .say(ToDestination::Cancel {
-            reason: cancelled(),
-        })
-        .await;
-    client.expect_cancelled().await;
-    drop(client);
+    client.cancel().await;
     site.still_serves().await;
 }
 
@@ -188,13 +176,7 @@ async fn a_question_settles_an_open_attempt_and_the_answer_stays() {
     let mut later = Client::welcome(&site, again).await;
     later.say(ToDestination::Commit(key)).await;
     assert!(matches!(verdict(later.hear().await), Verdict::Aborted(_)));
-    later
-        .say(ToDestination::Cancel {
-            reason: cancelled(),
-        })
-        .await;
-    later.expect_cancelled().await;
-    drop(later);
+    later.cancel().await;
     site.still_serves().await;
 }
 
@@ -222,13 +204,7 @@ async fn the_next_agent_goes_on(end: impl AsyncFnOnce(&mut Site, &mut Client)) {
     assert_eq!(resume.lanes[0].applied, FrameSeq(1));
     assert_eq!(resume.lanes[0].flushed, FrameSeq(1), "it was flushed");
     assert_eq!(site.guests_alive(), guests);
-    client
-        .say(ToDestination::Cancel {
-            reason: cancelled(),
-        })
-        .await;
-    client.expect_cancelled().await;
-    drop(client);
+    client.cancel().await;
     site.still_serves().await;
 }
 
@@ -318,10 +294,5 @@ async fn status_and_owner_say_how_it_stands() {
     assert_eq!(owner.status.code(), Some(1), "{owner:?}");
     let owner: serde_json::Value = serde_json::from_slice(&owner.stdout).unwrap();
     assert_eq!(owner["may_run"], false);
-    client
-        .say(ToDestination::Cancel {
-            reason: cancelled(),
-        })
-        .await;
-    client.expect_cancelled().await;
+    client.cancel().await;
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use serde_json::{Value, json};
+use vmferry_common::causes::chain;
 use vmferry_common::local::{self as socket, LocalError};
 use vmferry_common::ownership;
 use vmferry_common::phase::Ending;
@@ -23,7 +24,7 @@ use crate::explain;
 use crate::local::socket_path;
 use crate::progress::Progress;
 use crate::report::{Report, summary};
-use crate::run::{self, NotBegun, chain};
+use crate::run::{self, NotBegun};
 use crate::settings::Setting;
 
 /// A status is answered between two steps of the migration, and the longest step is an I/O barrier.

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use vmferry_common::causes::chain;
 use vmferry_common::journal::{JournalError, JournalReadError, RecordFile};
 use vmferry_common::state::{new_incarnation, run_dir};
 use vmferry_common::units::Size;
@@ -27,8 +28,6 @@ use vmferry_proto::handover::{ProcessRecord, SourceRecord};
 use vmferry_proto::ids::{GuestName, MigrationId};
 use vmferry_proto::ledger::{Ledger, LedgerError};
 use vmferry_proto::spec::RegionSpec;
-
-use crate::run::chain;
 
 pub use ledger_file::LedgerFile;
 

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use vmferry_common::causes::chain;
 use vmferry_common::control::ControlError;
 use vmferry_common::endpoint::ConnectError;
 use vmferry_common::hooks::HookFailure;
@@ -121,32 +122,23 @@ impl MigrateError {
         }
     }
 
-    /// The error with all its causes, in one line.
-    #[must_use]
-    pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            let words = error.to_string();
-            if !text.ends_with(&words) {
-                text.push_str(": ");
-                text.push_str(&words);
-            }
-            cause = error.source();
-        }
-        text
-    }
-
     /// As it is told to the destination, and under which code it is explained.
     #[must_use]
     pub fn to_wire(&self) -> WireError {
-        WireError::new(self.code(), self.chain())
+        WireError::new(self.code(), chain(self))
     }
 
     /// The code of this error.
     #[must_use]
     pub const fn code(&self) -> ErrorCode {
         match self {
+            Self::Connect(error) if error.is_refusal() => ErrorCode::NotAuthorized,
+            // A client learns of its refused certificate with the first answer (TLS 1.3).
+            Self::SessionLost(LinkError::Control(ControlError::Link(link)))
+                if link.is_refusal() =>
+            {
+                ErrorCode::NotAuthorized
+            }
             Self::SessionLost(_) | Self::Connect(_) | Self::Unreachable(_) => ErrorCode::LinkLost,
             Self::Cancelled(_) | Self::Recovered => ErrorCode::Cancelled,
             Self::Peer(error) | Self::Protocol(error) | Self::RolledBack(error) => error.code,

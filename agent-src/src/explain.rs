@@ -215,10 +215,10 @@ const VERSION_MISMATCH: Texts = (
     "Install the same release of vmferry on both hosts.",
 );
 const NOT_AUTHORIZED: Texts = (
-    "The destination knows this host's certificate but does not let it send this guest.",
+    "One host does not accept the other's certificate, or the destination does not let this host send this guest.",
     REFUSED,
-    "Add this host's name to `from` in the guest file at the destination; or continue the migration from the \
-     host that began it.",
+    "If the error speaks of a certificate, issue that one anew with vmferry-certs; else add this host's name to `from` in \
+     the guest file at the destination, or continue the migration from the host that began it.",
 );
 const UNKNOWN_GUEST: Texts = (
     "The destination has no guest file of this name.",

@@ -14,7 +14,6 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmferry_common::phase::{Ending, Phase};
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::geometry::BLOCK_SIZE;
 
 use crate::cli::Verify;
 use crate::explain;
@@ -55,7 +54,7 @@ pub struct Report {
     pub attempts: u32,
     /// Sessions with the destination: above 1 if the link was lost.
     pub sessions: u64,
-    /// Rounds of the copy, the one while the guest was paused last.
+    /// Rounds of the copy; last the one after the pause (`paused`), if it came to that.
     pub rounds: Vec<RoundReport>,
     /// Size of the guest's memory.
     pub memory_bytes: u64,
@@ -153,6 +152,8 @@ pub struct DowntimeParts {
 pub struct RoundReport {
     /// Counted from 1.
     pub number: u32,
+    /// Whether the guest stood still: this is the last set, part of the downtime. Nothing was dirtied in it.
+    pub paused: bool,
     /// From the scan before it to the scan at its end.
     pub elapsed_ms: Millis,
     /// The part of it in which nothing could be sent.
@@ -231,13 +232,13 @@ impl Report {
         }
     }
 
-    /// Takes the rounds over, with the sums that follow from them.
-    pub fn set_rounds(&mut self, rounds: &[RoundStats]) {
+    /// Takes the rounds over, and what was sent after the pause.
+    pub fn set_rounds(&mut self, rounds: &[RoundStats], last_set: Option<&RoundStats>) {
         self.rounds = rounds.iter().map(RoundReport::from).collect();
-        let sum = |of: fn(&RoundStats) -> u64| rounds.iter().map(of).fold(0, u64::saturating_add);
-        self.raw_bytes = sum(|round| round.raw_bytes_sent);
-        self.wire_bytes = sum(|round| round.wire_bytes);
-        self.zero_blocks = sum(|round| round.zero_bytes.div_ceil(u64::from(BLOCK_SIZE)));
+        self.rounds.extend(last_set.map(|round| RoundReport {
+            paused: true,
+            ..RoundReport::from(round)
+        }));
     }
 
     /// Takes the downtime and its parts over; what the parts do not explain becomes `other_ms`.
@@ -335,6 +336,7 @@ impl From<&RoundStats> for RoundReport {
     fn from(round: &RoundStats) -> Self {
         Self {
             number: round.number,
+            paused: false,
             elapsed_ms: Millis(round.elapsed),
             idle_ms: Millis(round.idle),
             raw_bytes: round.raw_bytes_sent,

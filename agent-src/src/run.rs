@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use vmferry_common::causes::chain;
 use vmferry_common::endpoint::{Connector, TransportTuning, Udp};
 use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::Identity;
@@ -20,8 +21,8 @@ use vmferry_hypervisor::SourceGuest;
 use vmferry_hypervisor::open::{Leftovers, open_source_with};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
-    Peer as PeerRecord, ProcessRecord, SourceAction, SourceEnd, SourceEvent, SourceFacts,
-    SourceHandover, SourceRecord, SourceState,
+    Peer as PeerRecord, SourceAction, SourceEnd, SourceEvent, SourceFacts, SourceHandover,
+    SourceRecord, SourceState,
 };
 use vmferry_proto::ids::GuestName;
 use vmferry_proto::spec::RunState;
@@ -68,19 +69,6 @@ impl NotBegun {
             error: WireError::new(code, chain(error)),
         }
     }
-}
-
-/// The error with its causes, in one line.
-#[must_use]
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Everything that must be held while a guest is worked on.
@@ -179,6 +167,9 @@ pub async fn recover_at(
     let Some(found) = desk.found(name)? else {
         return Err(nothing_to_recover(&desk.state, name));
     };
+    if let SourceState::Ended { reason, .. } = &found.state {
+        return Err(settled_already(name, reason));
+    }
     let (mut handover, mut actions) = SourceHandover::recover(found);
     if fenced.is_some() {
         let word = handover.handle(SourceEvent::ResolveDestinationFenced);
@@ -191,6 +182,17 @@ fn nothing_to_recover(state: &StateDir, name: &GuestName) -> NotBegun {
     let detail = format!(
         "no migration of {name} is recorded in {}: nothing to recover",
         state.path().display()
+    );
+    NotBegun {
+        usage: true,
+        error: WireError::new(ErrorCode::Journal, detail),
+    }
+}
+
+fn settled_already(name: &GuestName, reason: &WireError) -> NotBegun {
+    let detail = format!(
+        "the last migration of {name} has ended and the guest is this host's: nothing to recover (it ended so: {})",
+        reason.detail
     );
     NotBegun {
         usage: true,
@@ -363,7 +365,6 @@ fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun>
     let migration = new_migration_id().map_err(|error| journal(&error))?;
     let known = ownership::highest_generation(&desk.state, &options.guest.name)
         .map_err(|error| journal(&error))?;
-    let process = desk.guest.process();
     Ok(SourceFacts {
         guest: options.guest.name.clone(),
         migration,
@@ -372,11 +373,7 @@ fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun>
             address: options.to.to_string(),
             identity: options.to.host.clone(),
         },
-        process: ProcessRecord {
-            pid: process.pid,
-            start_ticks: process.start_ticks,
-            boot_id: process.boot_id,
-        },
+        process: desk.guest.process().into(),
         shared_disks: !desk.guest.spec().shared_disks.is_empty(),
     })
 }
@@ -497,7 +494,7 @@ fn summarise(
     );
     let stats = &ended.stats;
     report.total_ms = Millis(total);
-    report.set_rounds(&stats.rounds);
+    report.set_rounds(&stats.rounds, stats.last_set.as_ref());
     if let Some((downtime, parts)) = stats.downtime() {
         report.set_downtime(downtime, parts);
     }

@@ -23,9 +23,8 @@ use vmferry_proto::frame::{StreamHeader, StreamKind};
 use vmferry_proto::ids::{
     Attempt, Generation, GuestName, Lane, MigrationId, RegisterId, SessionNumber,
 };
-use vmferry_proto::message::{
-    Hello, Offer, Outcome, Ready, ToDestination, ToSource, Verdict, Welcome,
-};
+use vmferry_proto::message::{Hello, Offer, ToDestination, ToSource, Welcome};
+use vmferry_proto::session_source::{SourceSession, SourceSessionEvent};
 use vmferry_proto::spec::GuestSpec;
 use vmferry_proto::version::{Features, SUPPORTED};
 
@@ -63,6 +62,7 @@ struct Link {
     connection: Connection,
     sender: ControlSender<ToDestination>,
     receiver: ControlReceiver<ToSource>,
+    order: SourceSession,
 }
 
 /// An open session.
@@ -74,6 +74,8 @@ pub struct Session {
     further: Vec<Link>,
     sender: ControlSender<ToDestination>,
     receiver: ControlReceiver<ToSource>,
+    /// Which of the destination's messages are due.
+    order: SourceSession,
     welcome: Welcome,
     header: StreamHeader,
     peer: String,
@@ -88,15 +90,19 @@ pub struct Session {
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Dialer {
-    /// Makes a session, up to `Welcome`.
+    /// Makes a session, up to `Welcome`. `last` is the highest attempt so far: the destination may have to answer for it.
     ///
     /// # Errors
     /// No connection, refused by either side, or no version in common.
-    pub async fn dial(&self, number: SessionNumber) -> Result<Session, MigrateError> {
-        let (first, welcome) = self.link(number, 0).await?;
+    pub async fn dial(
+        &self,
+        number: SessionNumber,
+        last: Attempt,
+    ) -> Result<Session, MigrateError> {
+        let (first, welcome) = self.link(number, last, 0).await?;
         let mut further = Vec::new();
         for position in 1..self.connections {
-            let (link, again) = self.link(number, position).await?;
+            let (link, again) = self.link(number, last, position).await?;
             if again.register != welcome.register {
                 return Err(violation(
                     "the connections of one session reach different destinations",
@@ -112,6 +118,7 @@ impl Dialer {
             further,
             sender: first.sender,
             receiver: first.receiver,
+            order: first.order,
             welcome,
             header: StreamHeader {
                 kind: StreamKind::Lane { lane: Lane(0) },
@@ -130,6 +137,7 @@ impl Dialer {
     async fn link(
         &self,
         number: SessionNumber,
+        last: Attempt,
         position: u8,
     ) -> Result<(Link, Welcome), MigrateError> {
         let (endpoint, connection) = self
@@ -137,69 +145,55 @@ impl Dialer {
             .connect(&self.to, &self.identity, &self.tuning)
             .await
             .map_err(MigrateError::Connect)?;
-        let greeting = self.greet(&connection, number, position);
+        let greeting = self.greet(endpoint, connection, self.hello(number, position), last);
         let greeted = tokio::time::timeout(self.tuning.connect_timeout, greeting).await;
-        let no_welcome = |_elapsed| MigrateError::SessionLost(LinkError::NoWelcome);
-        let (sender, receiver, welcome) = greeted.map_err(no_welcome)??;
+        greeted.map_err(|_elapsed| MigrateError::SessionLost(LinkError::NoWelcome))?
+    }
+
+    /// Says `Hello` and hears `Welcome`.
+    async fn greet(
+        &self,
+        endpoint: Endpoint,
+        connection: Connection,
+        hello: Hello,
+        last: Attempt,
+    ) -> Result<(Link, Welcome), MigrateError> {
+        let peer = self.to.to_string();
+        let (mut sender, mut receiver) = control::open(&connection, &peer).await.map_err(failed)?;
+        let mut order = SourceSession::new(&hello, last);
+        let hello = ToDestination::Hello(hello);
+        sender.send(&hello).await.map_err(failed)?;
+        let Some(answer) = receiver.recv().await.map_err(failed)? else {
+            return Err(MigrateError::SessionLost(LinkError::Closed));
+        };
+        let welcome = match due(&mut order, answer) {
+            Ok(Some(ToSource::Welcome(welcome))) => welcome,
+            Ok(Some(ToSource::Error(error))) => return Err(MigrateError::Peer(error)),
+            Ok(_) => return Err(violation("another message came where Welcome was expected")),
+            Err(error) => return Err(MigrateError::Protocol(error)),
+        };
         let link = Link {
             endpoint,
             connection,
             sender,
             receiver,
+            order,
         };
         Ok((link, welcome))
     }
 
-    async fn greet(
-        &self,
-        connection: &Connection,
-        number: SessionNumber,
-        position: u8,
-    ) -> Result<
-        (
-            ControlSender<ToDestination>,
-            ControlReceiver<ToSource>,
-            Welcome,
-        ),
-        MigrateError,
-    > {
-        let lost = |error| MigrateError::SessionLost(LinkError::Control(error));
-        let peer = self.to.to_string();
-        let (mut sender, mut receiver) = control::open(connection, &peer).await.map_err(lost)?;
-        let hello = Hello {
+    fn hello(&self, session: SessionNumber, connection: u8) -> Hello {
+        Hello {
             versions: SUPPORTED,
             features: Features::supported(),
             guest: self.guest.clone(),
             migration: self.migration,
             generation: self.generation,
-            session: number,
+            session,
             lanes: self.lanes,
             connections: self.connections,
-            connection: position,
-        };
-        sender
-            .send(&ToDestination::Hello(hello))
-            .await
-            .map_err(lost)?;
-        match receiver.recv().await.map_err(lost)? {
-            Some(ToSource::Welcome(welcome)) => {
-                self.check(&welcome, number)?;
-                Ok((sender, receiver, welcome))
-            }
-            Some(ToSource::Error(error)) => Err(MigrateError::Peer(error)),
-            Some(_) => Err(violation("another message came where Welcome was expected")),
-            None => Err(MigrateError::SessionLost(LinkError::Closed)),
+            connection,
         }
-    }
-
-    fn check(&self, welcome: &Welcome, number: SessionNumber) -> Result<(), MigrateError> {
-        let speaks = SUPPORTED.min <= welcome.version && welcome.version <= SUPPORTED.max;
-        if !speaks || welcome.session != number {
-            return Err(violation(
-                "Welcome names a version or session that was not offered",
-            ));
-        }
-        Ok(())
     }
 }
 
@@ -274,6 +268,7 @@ impl Session {
     /// # Errors
     /// The link.
     pub async fn send(&mut self, message: &ToDestination) -> Result<(), LinkError> {
+        self.order.on_sent(message);
         self.sender.send(message).await.map_err(LinkError::Control)
     }
 
@@ -301,6 +296,7 @@ impl Session {
         };
         let Self {
             receiver,
+            order,
             failed,
             further,
             broken,
@@ -319,32 +315,17 @@ impl Session {
                     continue;
                 }
                 // Before what ends the session: it may be the peer's last words.
-                message = receiver.recv() => return said(message),
+                message = receiver.recv() => {
+                    match due(order, said(message)?).map_err(LinkError::Protocol)? {
+                        Some(message) => return Ok(message),
+                        None => continue,
+                    }
+                }
                 () = any_closed(further) => return Err(LinkError::Closed),
                 () = sleep_until(until.unwrap_or_else(Instant::now)), if until.is_some() => {}
             }
             if let Some((error, _)) = broken.take() {
                 return Err(LinkError::Lane(error));
-            }
-        }
-    }
-
-    /// Waits for the answer to [`offer`](Self::offer).
-    ///
-    /// # Errors
-    /// The link, or the destination's refusal.
-    pub async fn ready(&mut self) -> Result<Ready, MigrateError> {
-        loop {
-            match Self::next(Some(self)).await {
-                Ok(ToSource::Ready(ready)) => return Ok(ready),
-                Ok(ToSource::Error(error)) => return Err(MigrateError::Peer(error)),
-                // The offer settles an attempt that a lost session left open: it was rolled back here before.
-                Ok(ToSource::Outcome(Outcome {
-                    verdict: Verdict::Aborted(_),
-                    ..
-                })) => {}
-                Ok(_) => return Err(violation("another message came where Ready was expected")),
-                Err(error) => return Err(MigrateError::SessionLost(error)),
             }
         }
     }
@@ -362,6 +343,22 @@ impl Session {
         self.connection.close(0u32.into(), b"done");
         let idle = self.endpoint.wait_idle();
         let _ = tokio::time::timeout(Duration::from_millis(500), idle).await;
+    }
+}
+
+/// `message`, if the destination may say it now; nothing, if it is an answer that is not waited for any more.
+fn due(order: &mut SourceSession, message: ToSource) -> Result<Option<ToSource>, WireError> {
+    let event = order
+        .on_message(message.clone())
+        .map_err(|violation| violation.to_wire())?;
+    Ok((event != SourceSessionEvent::Late).then_some(message))
+}
+
+/// Why a control stream failed: the link, or a peer that sent what is no message.
+fn failed(error: ControlError) -> MigrateError {
+    match error.to_wire() {
+        Some(error) => MigrateError::Protocol(error),
+        None => MigrateError::SessionLost(LinkError::Control(error)),
     }
 }
 

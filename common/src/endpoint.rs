@@ -180,6 +180,12 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether a certificate was refused, on either side.
+    #[must_use]
+    pub const fn is_refusal(&self) -> bool {
+        matches!(self, Self::Link { source, .. } if source.is_refusal())
+    }
+
     /// Whether another try can go better without anybody doing anything.
     #[must_use]
     pub const fn is_lost_link(&self) -> bool {

@@ -5,6 +5,7 @@
 //! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
 pub mod buffers;
+pub mod causes;
 pub mod codec;
 pub mod compress;
 pub mod congestion;

@@ -164,6 +164,12 @@ impl LinkError {
         }
     }
 
+    /// Whether a certificate was refused, on either side.
+    #[must_use]
+    pub const fn is_refusal(&self) -> bool {
+        matches!(self, Self::RefusedByPeer { .. } | Self::PeerRefused { .. })
+    }
+
     /// Whether another try can go better without anybody doing anything: the link was lost, not refused.
     #[must_use]
     pub const fn is_lost_link(&self) -> bool {
@@ -227,7 +233,10 @@ fn refusal_here(reason: &str) -> String {
 /// Why the peer refused: only the TLS alert comes across.
 fn refusal_there(alert: u64) -> String {
     let text = match alert {
-        42 => "it is malformed (bad_certificate): issue it anew",
+        // What rustls says of a name that does not fit.
+        42 => {
+            "it does not carry the name that was asked for, or is malformed (bad_certificate): issue it with --name and --address as others reach this host"
+        }
         43 => {
             "it is not meant for this use (unsupported_certificate): issue it with `vmferry-certs issue`"
         }

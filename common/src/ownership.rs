@@ -1,14 +1,14 @@
 //! Who may run a guest, as this host's journals alone say: no agent, no network.
 //!
-//! Owns the names of the two records of a guest and the reading of both together: the one of the higher ownership generation
-//! counts (`[HAND-11]`). What a record says is `vmferry_proto::handover`'s. Invariant: `may_run` is true only where no
+//! Owns the names of the two records of a guest, the reading of both together and the words for the answer. Which record counts
+//! and what it says (`[HAND-11]`) is `vmferry_proto::handover`'s. Invariant: `may_run` is true only where no
 //! other host can hold a durable record that lets it run the guest.
 
 use std::time::SystemTime;
 
 use serde::Serialize;
 use vmferry_proto::handover::{
-    DestinationRecord, DestinationState, SourceRecord, SourceState, owner_of_host,
+    DestinationRecord, DestinationState, OwnershipClaim, SourceRecord, SourceState, owner_of_host,
 };
 use vmferry_proto::ids::{Generation, GuestName};
 
@@ -132,42 +132,40 @@ fn unknown(name: &GuestName) -> Ownership {
 
 fn of_source(record: &SourceRecord) -> Ownership {
     let name = &record.guest;
-    let recover = || Some(format!("run `vmferry-src recover {name}`"));
-    let (may_run, why, next) = match &record.state {
-        SourceState::Copying { .. } => {
-            (true, "it was being copied to the destination and is still this host's".to_owned(), None)
-        }
+    let (why, next) = match &record.state {
+        SourceState::Copying { .. } => (
+            "it was being copied to the destination and is still this host's",
+            None,
+        ),
         SourceState::Pausing { .. } => (
-            false,
-            "it was being handed over and nothing was committed: it is this host's once that is recorded as rolled back".to_owned(),
-            recover(),
+            "it was being handed over and nothing was committed: it is this host's once that is recorded as rolled back",
+            Some(format!("run `vmferry-src recover {name}`")),
         ),
         SourceState::Committing { .. } => (
-            false,
-            "in doubt: this host has committed the handover and does not know the destination's answer".to_owned(),
+            "in doubt: this host has committed the handover and does not know the destination's answer",
             Some(format!(
                 "run `vmferry-src recover {name}`, which asks the destination; if that host is lost for good and cannot come back, `vmferry-src resolve {name} --destination-is-fenced`"
             )),
         ),
         SourceState::RolledBack { .. } => {
-            (true, "the last attempt was rolled back: it is this host's".to_owned(), None)
+            ("the last attempt was rolled back: it is this host's", None)
         }
         SourceState::Released { .. } => {
-            (false, "the destination owns it: this host's copy was let go".to_owned(), None)
+            ("the destination owns it: this host's copy was let go", None)
         }
         SourceState::Fenced { .. } => (
-            true,
-            "an operator vouched that the destination is fenced: it is this host's".to_owned(),
+            "an operator vouched that the destination is fenced: it is this host's",
             None,
         ),
-        SourceState::Ended { .. } => {
-            (true, "the migration ended without a commit: it is this host's".to_owned(), None)
-        }
+        SourceState::Ended { .. } => (
+            "the migration ended without a commit: it is this host's",
+            None,
+        ),
     };
     Ownership {
         guest: name.clone(),
-        may_run,
-        why,
+        may_run: record.claim() == OwnershipClaim::Here,
+        why: why.to_owned(),
         next,
         role: Some("source"),
         state: Some(record.state.name()),
@@ -181,24 +179,20 @@ fn of_source(record: &SourceRecord) -> Ownership {
 
 fn of_destination(record: &DestinationRecord) -> Ownership {
     let (name, sender) = (&record.guest, &record.sender);
-    let (may_run, why) = match &record.state {
-        DestinationState::Owned { .. } => {
-            (true, format!("it came from {sender} and is this host's"))
+    let why = match &record.state {
+        DestinationState::Owned { .. } => format!("it came from {sender} and is this host's"),
+        DestinationState::Receiving | DestinationState::Opened { .. } => {
+            format!("it is on its way from {sender} and nothing was committed")
         }
-        DestinationState::Receiving | DestinationState::Opened { .. } => (
-            false,
-            format!("it is on its way from {sender} and nothing was committed"),
-        ),
         DestinationState::Aborted { .. }
         | DestinationState::Relinquished { .. }
-        | DestinationState::Ended { .. } => (
-            false,
-            format!("its migration from {sender} was given up: it is still there"),
-        ),
+        | DestinationState::Ended { .. } => {
+            format!("its migration from {sender} was given up: it is still there")
+        }
     };
     Ownership {
         guest: record.guest.clone(),
-        may_run,
+        may_run: record.claim() == OwnershipClaim::Here,
         why,
         next: match &record.state {
             DestinationState::Receiving | DestinationState::Opened { .. } => Some(format!(

@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 
 use serde::{Deserialize, Serialize};
+use vmferry_proto::handover::ProcessRecord;
 
 /// A process, so named that another one with the same pid is not taken for it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -70,6 +71,28 @@ impl ProcessIdentity {
             Ok((state, start)) => Ok(start == self.start_ticks && !matches!(state, b'Z' | b'X')),
             Err(ProcessError::Gone { .. }) => Ok(false),
             Err(error) => Err(error),
+        }
+    }
+}
+
+/// As the journal keeps it.
+impl From<ProcessIdentity> for ProcessRecord {
+    fn from(identity: ProcessIdentity) -> Self {
+        Self {
+            pid: identity.pid,
+            start_ticks: identity.start_ticks,
+            boot_id: identity.boot_id,
+        }
+    }
+}
+
+/// As this host compares it.
+impl From<ProcessRecord> for ProcessIdentity {
+    fn from(record: ProcessRecord) -> Self {
+        Self {
+            pid: record.pid,
+            start_ticks: record.start_ticks,
+            boot_id: record.boot_id,
         }
     }
 }

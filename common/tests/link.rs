@@ -11,6 +11,7 @@ use bytes::Bytes;
 use quinn::{Connection, Endpoint};
 use tokio::task::JoinHandle;
 use vmferry_certs::{CertificateAuthority, HostRequest, SubjectName, Validity};
+use vmferry_common::causes::chain;
 use vmferry_common::codec::{Blocks, Decoder, Encoder};
 use vmferry_common::control::{self, ControlError};
 use vmferry_common::digest;
@@ -100,16 +101,6 @@ async fn first_answer(to: &HostPort, identity: &Identity) -> Result<Option<ToSou
         recv.recv().await
     };
     talk.await.map_err(|error: ControlError| chain(&error))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }
 
 /// Both sides' words about a refused connection.

@@ -71,16 +71,17 @@ pub enum SourceSessionEvent {
 }
 
 impl SourceSession {
-    /// The session that this `Hello` opens.
+    /// The session that this `Hello` opens. Up to `last` the migration's attempts were opened in earlier ones: the destination
+    /// may have to answer for them here.
     #[must_use]
-    pub fn new(hello: &Hello) -> Self {
+    pub fn new(hello: &Hello, last: Attempt) -> Self {
         Self {
             versions: hello.versions,
             features: hello.features.clone(),
             session: hello.session,
             lanes: hello.lanes,
             phase: Phase::Hello,
-            highest: Attempt(0),
+            highest: last,
             cancelling: false,
         }
     }

@@ -124,7 +124,7 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let mut pair = Self {
-            source: SourceSession::new(&hello()),
+            source: SourceSession::new(&hello(), Attempt(0)),
             destination: DestinationSession::new(),
         };
         pair.say(ToDestination::Hello(hello()));
@@ -348,7 +348,7 @@ fn a_welcome_or_ready_that_does_not_fit_what_was_asked_is_a_violation() {
         },
     ];
     for welcome in strange {
-        let mut source = SourceSession::new(&hello());
+        let mut source = SourceSession::new(&hello(), Attempt(0));
         assert!(source.on_message(ToSource::Welcome(welcome)).is_err());
     }
     let strange = [

@@ -78,7 +78,7 @@ impl Pair {
             resume: None,
         };
         let mut pair = Self {
-            source: SourceSession::new(&hello),
+            source: SourceSession::new(&hello, Attempt(0)),
             destination: DestinationSession::new(),
         };
         assert!(pair.ask(ToDestination::Hello(hello)));

@@ -82,7 +82,7 @@ impl Migration {
             life_told: false,
             guest: Some(guest),
         });
-        Ok(crate::process::record(process))
+        Ok(process.into())
     }
 
     /// What was received of a copy that is new to this agent: what one before it noted, else nothing.

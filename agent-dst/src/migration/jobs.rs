@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use tokio::time::Instant;
+use vmferry_common::causes::chain;
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::config::TargetConfig;
 use vmferry_hypervisor::open::{CopyLeft, Hypervisors, Reopening, TargetOptions};
@@ -19,7 +20,7 @@ use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
 use crate::board::Board;
 use crate::durable::CopyFiles;
-use crate::error::{chain, guest_to_wire};
+use crate::error::guest_to_wire;
 use crate::flusher;
 use crate::hooks::Hooks;
 use crate::receipt::Received;
@@ -203,7 +204,7 @@ async fn reopen_to_fill(
     files: &CopyFiles,
 ) -> Option<Box<dyn TargetGuest>> {
     let left = CopyLeft {
-        process: crate::process::identity(tools.leftover.as_ref()?),
+        process: tools.leftover.clone()?.into(),
         incarnations: files.record.incarnations.clone(),
         purpose: Reopening::Fill,
     };
@@ -315,7 +316,7 @@ async fn reopen_to_start(tools: &Tools) -> Result<Box<dyn TargetGuest>, WireErro
         )
     })?;
     let left = CopyLeft {
-        process: crate::process::identity(process),
+        process: process.clone().into(),
         incarnations: files.record.incarnations,
         purpose: Reopening::Start,
     };
@@ -363,8 +364,7 @@ async fn end_leftover(tools: &Tools) -> Result<(), GuestError> {
     else {
         return Ok(());
     };
-    let process = crate::process::identity(&process);
-    tools.hypervisors.end(&process).await?;
+    tools.hypervisors.end(&process.into()).await?;
     remove_stale_sockets(tools);
     Ok(())
 }

@@ -258,14 +258,7 @@ impl Site {
 
     /// The agent receives the guest in migration `number`, whatever was before.
     pub async fn still_serves_with(&self, number: u8) {
-        let mut client = Client::ready(self, number).await;
-        client
-            .say(ToDestination::Cancel {
-                reason: cancelled(),
-            })
-            .await;
-        client.expect_cancelled().await;
-        drop(client);
+        Client::ready(self, number).await.cancel().await;
         self.is_clean().await;
         assert!(!self.logs().contains("panicked"), "{}", self.logs());
         assert!(!self.logs().contains("internal:"), "{}", self.logs());
@@ -491,6 +484,15 @@ impl Client {
             ToSource::Cancelled => {}
             other => panic!("not Cancelled: {other:?}"),
         }
+    }
+
+    /// Cancels the migration and hears the answer.
+    pub async fn cancel(mut self) {
+        self.say(ToDestination::Cancel {
+            reason: cancelled(),
+        })
+        .await;
+        self.expect_cancelled().await;
     }
 
     pub async fn open_attempt(&mut self, number: u32) -> Attempt {

@@ -30,6 +30,17 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 /// How long the destination may take to clean up after a cancel.
 const CANCEL_LIMIT: Duration = Duration::from_secs(15);
 
+/// Whether the destination is to blame where this event fits nothing.
+const fn is_of_peer(event: &SourceEvent) -> bool {
+    matches!(
+        event,
+        SourceEvent::AttemptOpened { .. }
+            | SourceEvent::Prepared { .. }
+            | SourceEvent::Outcome(_)
+            | SourceEvent::Cancelled
+    )
+}
+
 impl Migration {
     /// Tells the machine `event` and carries out what follows, until nothing more does.
     pub(super) async fn feed(&mut self, event: SourceEvent) {
@@ -41,11 +52,17 @@ impl Migration {
     pub(super) async fn feed_queued(&mut self) {
         while let Some(event) = self.events.pop_front() {
             tracing::debug!(?event, "handover");
+            let from_peer = is_of_peer(&event);
             match self.handover.handle(event) {
                 Ok(actions) => {
                     for action in actions {
                         self.act(action).await;
                     }
+                }
+                Err(illegal) if from_peer && self.session.is_some() => {
+                    // Nothing it says is worth waiting for any more, least of all while the guest stands still.
+                    let lost = self.drop_session(&MigrateError::Protocol((&illegal).into()));
+                    self.events.push_back(lost);
                 }
                 Err(illegal) => tracing::warn!(%illegal, "event ignored by the handover"),
             }
@@ -120,8 +137,8 @@ impl Migration {
     /// Opens a session while everything else goes on; a cancel meanwhile gives it up.
     async fn open_session(&mut self, number: SessionNumber) -> Option<SourceEvent> {
         self.session = None;
-        let dialer = self.dialer.clone();
-        let mut dialing = Box::pin(async move { dialer.dial(number).await });
+        let (dialer, last) = (self.dialer.clone(), self.handover.record().state.attempt());
+        let mut dialing = Box::pin(async move { dialer.dial(number, last).await });
         loop {
             let input = tokio::select! {
                 biased;

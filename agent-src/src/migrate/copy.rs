@@ -117,25 +117,29 @@ impl Migration {
     /// One round: everything dirty is sent and applied; then the scan that says what was dirtied meanwhile.
     async fn round(&mut self, idle: Duration) -> Result<(), MigrateError> {
         let began = Instant::now() - idle;
-        let before = self.ledger.counters();
-        let wire_before = self.counters.wire();
-        let zero_before = self.counters.zero();
+        let before = self.sent();
         self.send_all(Self::on_input).await?;
         self.await_applied().await?;
         let dirtied_bytes = self.scan(Barrier::Wait).await?;
-        let counters = self.ledger.counters();
-        self.stats.rounds.push(RoundStats {
+        self.stats.on_round(RoundStats {
             number: self.stats.next_round(),
             elapsed: began.elapsed(),
             idle,
-            raw_bytes_sent: counters.bytes - before.bytes,
-            zero_bytes: (self.counters.zero() - zero_before) * u64::from(BLOCK_SIZE),
-            wire_bytes: self.counters.wire() - wire_before,
             dirtied_bytes,
             left_bytes: self.left().total(),
+            ..self.sent().since(before)
         });
         self.show();
         Ok(())
+    }
+
+    /// What has been sent since the migration began.
+    pub(super) fn sent(&self) -> Sent {
+        Sent {
+            raw_bytes: self.ledger.counters().bytes,
+            zero_bytes: self.counters.zero() * u64::from(BLOCK_SIZE),
+            wire_bytes: self.counters.wire(),
+        }
     }
 
     /// Waits until every frame is applied.
@@ -240,6 +244,26 @@ impl Migration {
             .on_progress(lanes)
             .map_err(|error| MigrateError::Protocol(error.into()))?;
         Ok(())
+    }
+}
+
+/// What had been sent at some moment.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sent {
+    raw_bytes: u64,
+    zero_bytes: u64,
+    wire_bytes: u64,
+}
+
+impl Sent {
+    /// What was sent after `before`, as a round that knows nothing else of itself.
+    pub(super) fn since(self, before: Self) -> RoundStats {
+        RoundStats {
+            raw_bytes_sent: self.raw_bytes - before.raw_bytes,
+            zero_bytes: self.zero_bytes - before.zero_bytes,
+            wire_bytes: self.wire_bytes - before.wire_bytes,
+            ..RoundStats::default()
+        }
     }
 }
 

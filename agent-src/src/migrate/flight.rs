@@ -55,13 +55,13 @@ impl Migration {
 
     async fn try_flight(&mut self, attempt: Attempt, run_state: RunState) -> Result<(), Grounded> {
         self.enter_with(Phase::Final, Self::on_flight_input).await?;
-        let began = Instant::now();
+        let (began, before) = (Instant::now(), self.sent());
         self.scan(Barrier::Drained).await?;
-        self.stats
-            .on_final_scan(began.elapsed(), self.left().total());
+        self.stats.on_final_scan(began.elapsed());
         self.send_all(Self::on_flight_input).await?;
         self.send_final(attempt, run_state).await?;
-        self.stats.on_last_set(began.elapsed());
+        self.stats
+            .on_last_set(began.elapsed(), self.sent().since(before));
         self.send_device_state(attempt).await?;
         self.enter_with(Phase::Load, Self::on_flight_input).await
     }

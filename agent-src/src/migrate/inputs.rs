@@ -308,7 +308,7 @@ impl Migration {
         }
     }
 
-    fn drop_session(&mut self, error: &MigrateError) -> SourceEvent {
+    pub(super) fn drop_session(&mut self, error: &MigrateError) -> SourceEvent {
         self.session = None;
         SourceEvent::ConnectionLost {
             reason: error.to_wire(),

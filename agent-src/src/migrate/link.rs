@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vmferry_common::causes::chain;
 use vmferry_proto::error::WireError;
 use vmferry_proto::handover::SourceEvent;
 use vmferry_proto::message::{Ready, ToSource};
@@ -77,7 +78,7 @@ impl Migration {
     pub(super) async fn reconnect(&mut self, lost: MigrateError) -> Result<(), MigrateError> {
         self.progress.note(&format!(
             "{}; the guest runs on, connecting again",
-            lost.chain()
+            chain(&lost)
         ));
         self.feed(SourceEvent::ConnectionLost {
             reason: lost.to_wire(),
@@ -96,7 +97,7 @@ impl Migration {
                     return Ok(());
                 }
                 Err(error) if !error.is_passing() => return Err(error),
-                Err(error) => tracing::info!(error = %error.chain(), "not yet"),
+                Err(error) => tracing::info!(error = %chain(&error), "not yet"),
             }
             if began.elapsed() > RECONNECT_LIMIT {
                 return Err(MigrateError::Unreachable(RECONNECT_LIMIT));

@@ -28,6 +28,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
+use vmferry_common::causes::chain;
 use vmferry_common::hooks::Hooks;
 use vmferry_common::journal::RecordFile;
 use vmferry_common::local::Events;
@@ -45,7 +46,6 @@ use crate::error::{LinkError, MigrateError};
 use crate::lanes::LaneCounters;
 use crate::local::{Command, Waiter};
 use crate::progress::Progress;
-use crate::run::chain;
 use crate::session::{Dialer, Session};
 
 use inputs::Timers;
@@ -393,7 +393,7 @@ impl Migration {
 
     /// Ends the migration at this side for a reason that no new session mends.
     async fn give_up(&mut self, error: &MigrateError) {
-        tracing::debug!(error = %error.chain(), "the migration ends here");
+        tracing::debug!(error = %chain(error), "the migration ends here");
         if self.session.is_none() && self.handover.is_connected() {
             // Nobody is there to confirm the end, so it is not waited for.
             let reason = error.to_wire();
@@ -404,7 +404,7 @@ impl Migration {
             // A rollback closed the session, or a killed agent left none. The destination is to let its copy go now, and not when it
             // has waited for long enough; where it cannot be told, it does that.
             if let Err(unreachable) = self.connect().await {
-                tracing::info!(error = %unreachable.chain(), "the destination cannot be told of the end");
+                tracing::info!(error = %chain(&unreachable), "the destination cannot be told of the end");
             }
         }
         self.feed(SourceEvent::Cancel {

@@ -19,6 +19,8 @@ use crate::report::{DowntimeParts, Millis};
 pub struct Stats {
     /// Finished rounds.
     pub rounds: Vec<RoundStats>,
+    /// What was sent while the guest was paused; of the last attempt, unless the copy went on after it.
+    pub last_set: Option<RoundStats>,
     /// Rounds up to this number say nothing about convergence.
     pub evidence_after: u32,
     /// The policy's last prediction.
@@ -45,8 +47,6 @@ pub struct Stats {
     pub sessions: u64,
     /// Pauses of the guest.
     pub attempts: u32,
-    /// Bytes of the last set.
-    pub last_set_bytes: u64,
     /// The destination's program.
     pub agent: Option<String>,
     /// What goes over the wire now.
@@ -63,6 +63,7 @@ impl Stats {
     pub fn new(spec: &GuestSpec, verify: Verify) -> Self {
         Self {
             rounds: Vec::new(),
+            last_set: None,
             evidence_after: 0,
             prediction: None,
             fixed: priors(spec, verify),
@@ -76,7 +77,6 @@ impl Stats {
             resent_discarded: 0,
             sessions: 0,
             attempts: 0,
-            last_set_bytes: 0,
             agent: None,
             wire_rate: None,
             wire_mark: None,
@@ -90,6 +90,11 @@ impl Stats {
     #[must_use]
     pub fn next_round(&self) -> u32 {
         self.rounds.last().map_or(1, |round| round.number + 1)
+    }
+
+    pub(super) fn on_round(&mut self, round: RoundStats) {
+        self.rounds.push(round);
+        self.last_set = None;
     }
 
     /// What happened until now says nothing about convergence any more.
@@ -150,13 +155,19 @@ impl Stats {
         self.fixed.pause = took;
     }
 
-    pub(super) fn on_final_scan(&mut self, took: Duration, last_set_bytes: u64) {
+    pub(super) const fn on_final_scan(&mut self, took: Duration) {
         self.fixed.final_scan = took;
-        self.last_set_bytes = last_set_bytes;
     }
 
-    pub(super) fn on_last_set(&mut self, took: Duration) {
-        self.parts.last_set_ms = Millis(took.saturating_sub(self.parts.verify_ms.0));
+    /// `sent` went out after the pause, in `took`.
+    pub(super) fn on_last_set(&mut self, took: Duration, sent: RoundStats) {
+        let elapsed = took.saturating_sub(self.parts.verify_ms.0);
+        self.parts.last_set_ms = Millis(elapsed);
+        self.last_set = Some(RoundStats {
+            number: self.next_round(),
+            elapsed,
+            ..sent
+        });
     }
 
     pub(super) fn on_verified(&mut self, took: Duration) {

@@ -6,6 +6,7 @@
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use vmferry_common::causes::chain;
 use vmferry_common::hooks::Hooks;
 use vmferry_common::phase::Phase;
 use vmferry_proto::ids::GuestName;
@@ -26,7 +27,7 @@ impl Teller {
         let task = tokio::spawn(async move {
             while let Some((phase, facts)) = queue.recv().await {
                 if let Err(failure) = hooks.run(phase, &name, &facts).await {
-                    tracing::warn!(%phase, "{}; after the decision this changes nothing", MigrateError::Hook(failure).chain());
+                    tracing::warn!(%phase, "{}; after the decision this changes nothing", chain(&MigrateError::Hook(failure)));
                 }
             }
         });

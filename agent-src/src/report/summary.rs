@@ -155,15 +155,26 @@ fn rounds(rounds: &[RoundReport]) -> String {
 
 fn row(round: &RoundReport) -> [String; 8] {
     let sending = round.elapsed_ms.0.saturating_sub(round.idle_ms.0);
+    let while_it_ran = |value: String| {
+        if round.paused {
+            "–".to_owned()
+        } else {
+            value
+        }
+    };
     [
-        round.number.to_string(),
+        if round.paused {
+            "paused".to_owned()
+        } else {
+            round.number.to_string()
+        },
         Span(round.elapsed_ms.0).to_string(),
         Size(round.raw_bytes).to_string(),
         Size(round.wire_bytes).to_string(),
         Rate::of(round.wire_bytes, sending).to_string(),
-        Size(round.dirtied_bytes).to_string(),
-        Rate::of(round.dirtied_bytes, round.elapsed_ms.0).to_string(),
-        Size(round.left_bytes).to_string(),
+        while_it_ran(Size(round.dirtied_bytes).to_string()),
+        while_it_ran(Rate::of(round.dirtied_bytes, round.elapsed_ms.0).to_string()),
+        while_it_ran(Size(round.left_bytes).to_string()),
     ]
 }
 

@@ -34,7 +34,7 @@ fn report(
 
 fn committed() -> Report {
     let mut report = report(Ending::Committed, GuestNow::RunsAtDestination, None);
-    report.set_rounds(&[
+    let rounds = [
         RoundStats {
             number: 1,
             elapsed: Duration::from_secs(8),
@@ -55,7 +55,18 @@ fn committed() -> Report {
             dirtied_bytes: 4096,
             left_bytes: 4096,
         },
-    ]);
+    ];
+    let last_set = RoundStats {
+        number: 3,
+        elapsed: Duration::from_millis(5),
+        raw_bytes_sent: 4096,
+        wire_bytes: 4096,
+        ..RoundStats::default()
+    };
+    report.set_rounds(&rounds, Some(&last_set));
+    report.raw_bytes = (2 << 30) + (100 << 20) + 4096;
+    report.wire_bytes = (1 << 30) + (100 << 20) + 4096;
+    report.zero_blocks = 1 << 18;
     let parts = DowntimeParts {
         pause_ms: millis(4_100),
         load_ms: millis(30_000),
@@ -97,7 +108,7 @@ fn the_object_has_the_fields_that_scripts_rely_on() {
     );
     assert_eq!(
         names(&value["rounds"][0]).join(" "),
-        "dirtied_bytes elapsed_ms idle_ms left_bytes number raw_bytes wire_bytes zero_bytes"
+        "dirtied_bytes elapsed_ms idle_ms left_bytes number paused raw_bytes wire_bytes zero_bytes"
     );
     assert_eq!(
         names(&value["verified"]).join(" "),
@@ -111,8 +122,16 @@ fn the_object_has_the_fields_that_scripts_rely_on() {
     assert_eq!(value["downtime_ms"], 40.1);
     assert_eq!(value["downtime_parts"]["other_ms"], 6.0);
     assert_eq!(value["verified"]["mode"], "full");
-    assert_eq!(value["wire_bytes"], (1_u64 << 30) + (100 << 20));
-    assert_eq!(value["zero_blocks"], 1 << 18);
+    // The round after the pause is told from the others, and its bytes are in the sums.
+    let paused = |round: usize| value["rounds"][round]["paused"].as_bool();
+    assert_eq!(
+        [paused(0), paused(1), paused(2), paused(3)],
+        [Some(false), Some(false), Some(true), None]
+    );
+    let sum: u64 = (0..3)
+        .filter_map(|round| value["rounds"][round]["wire_bytes"].as_u64())
+        .sum();
+    assert_eq!(value["wire_bytes"].as_u64(), Some(sum));
 }
 
 #[test]
@@ -157,9 +176,10 @@ fn the_summary_of_a_success_begins_with_it_and_lines_up() {
     let expected = "
 web-1 has moved to beta:7447 in 9 s; it stood still for 40.1 ms.
 
-  round    time     sent  on the wire         rate  dirtied  dirty rate     left
-      1     8 s    2 GiB        1 GiB  1.07 Gbit/s  100 MiB  105 Mbit/s  100 MiB
-      2  800 ms  100 MiB      100 MiB  1.05 Gbit/s    4 KiB   41 kbit/s    4 KiB
+   round    time     sent  on the wire         rate  dirtied  dirty rate     left
+       1     8 s    2 GiB        1 GiB  1.07 Gbit/s  100 MiB  105 Mbit/s  100 MiB
+       2  800 ms  100 MiB      100 MiB  1.05 Gbit/s    4 KiB   41 kbit/s    4 KiB
+  paused    5 ms    4 KiB        4 KiB  6.55 Mbit/s        –           –        –
 
   downtime 40.1 ms
     pause       4.1 ms  10 %
@@ -253,7 +273,7 @@ fn many_rounds_are_shown_by_the_first_and_the_last() {
         })
         .collect();
     let mut report = committed();
-    report.set_rounds(&rounds);
+    report.set_rounds(&rounds, None);
     let text = render(&report, false);
     let shown: Vec<&str> = text
         .lines()

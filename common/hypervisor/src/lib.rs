@@ -14,6 +14,7 @@ pub mod memory;
 pub mod open;
 pub mod qemu;
 pub mod sim;
+mod space;
 
 pub use error::GuestError;
 pub use guest::{

@@ -17,6 +17,9 @@ pub enum OwnershipClaim {
     Elsewhere,
     /// Only the destination's register knows.
     InDoubt,
+    /// Nothing was committed, but this host may run it only once that is recorded (`[HAND-3]`): an agent may still go on to
+    /// commit the attempt.
+    NotYet,
     /// This host may run it.
     Here,
 }
@@ -42,10 +45,10 @@ impl SourceRecord {
     pub const fn claim(&self) -> OwnershipClaim {
         match &self.state {
             SourceState::Copying { .. }
-            | SourceState::Pausing { .. }
             | SourceState::RolledBack { .. }
             | SourceState::Fenced { .. }
             | SourceState::Ended { .. } => OwnershipClaim::Here,
+            SourceState::Pausing { .. } => OwnershipClaim::NotYet,
             SourceState::Committing { .. } => OwnershipClaim::InDoubt,
             SourceState::Released { .. } => OwnershipClaim::Elsewhere,
         }

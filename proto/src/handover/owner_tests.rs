@@ -69,6 +69,18 @@ fn after_there_and_back_the_highest_generation_counts() {
         claim(Some(&doubt), Some(&came)),
         Some(OwnershipClaim::InDoubt)
     );
+    let attempt = Attempt(1);
+    let pausing = src(2, SourceState::Pausing { attempt });
+    assert_eq!(
+        claim(Some(&pausing), Some(&came)),
+        Some(OwnershipClaim::NotYet)
+    );
+    // Both ends within one host.
+    let opened = dst(2, DestinationState::Opened { attempt });
+    assert_eq!(
+        claim(Some(&pausing), Some(&opened)),
+        Some(OwnershipClaim::NotYet)
+    );
 }
 
 #[test]

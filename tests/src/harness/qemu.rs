@@ -141,6 +141,13 @@ impl Pair {
         if let Some(launch) = launch {
             set("launch", launch.into());
         }
+        let shared = self.guest.shared_disks().into_iter().map(|node| {
+            let mut disk = Table::new();
+            disk.insert("node".into(), node.into());
+            disk.insert("mode".into(), "shared".into());
+            Value::Table(disk)
+        });
+        set("disk", shared.collect::<Vec<_>>().into());
         side.host.write_guest(self.guest.name(), &table)?;
         Ok(())
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::hosts::{Agent, Host, Hosts};
-use super::process::{Finished, Running};
+use super::process::{Finished, Running, descriptors};
 use super::role::{Programs, Role};
 use super::sim::{SimGuest, SimSpec};
 
@@ -149,6 +149,29 @@ impl Stage {
             .unwrap_or_else(|error| panic!("{error:#}"));
         self.expect_beats(guest);
         self.expect_clean(guest);
+    }
+
+    /// Migrates `guest` from alpha to beta: it must arrive.
+    ///
+    /// # Panics
+    /// It does not.
+    pub fn expect_moves(&self, guest: &SimGuest, more: &[&str]) {
+        let done = self.migrate(guest, more);
+        self.expect_code(&done, 0);
+        self.expect_moved(guest);
+    }
+
+    /// The guest's process at alpha has the descriptors that it had `before`: nobody tracks it any more.
+    ///
+    /// # Panics
+    /// It has others.
+    pub fn expect_traceless(&self, guest: &SimGuest, before: &[String]) {
+        let mut now = Vec::new();
+        let as_before = soon(|| {
+            now = descriptors(guest.first_pid());
+            now == before
+        });
+        assert!(as_before, "descriptors {before:?} became {now:?}");
     }
 
     fn expect_beats(&self, guest: &SimGuest) {

@@ -61,6 +61,7 @@ pub struct Disk {
     pub(crate) size: u64,
     pub(crate) direct: bool,
     pub(crate) prefilled: u64,
+    pub(crate) shared: bool,
 }
 
 impl Disk {
@@ -82,6 +83,7 @@ impl Disk {
             size,
             direct: false,
             prefilled: 0,
+            shared: false,
         }
     }
 
@@ -89,6 +91,13 @@ impl Disk {
     #[must_use]
     pub const fn direct(mut self) -> Self {
         self.direct = true;
+        self
+    }
+
+    /// One image for all places: storage that every host reaches. The first place makes it.
+    #[must_use]
+    pub const fn shared(mut self) -> Self {
+        self.shared = true;
         self
     }
 
@@ -274,6 +283,16 @@ impl Guest {
     /// A host for it, with images of the right sizes that hold `images`.
     pub fn place_with(&self, name: &str, images: Images) -> Result<Place> {
         Place::create(Arc::clone(&self.inner), name, images)
+    }
+
+    /// Node names of the disks on shared storage.
+    #[must_use]
+    pub fn shared_disks(&self) -> Vec<String> {
+        let disks = self.inner.description.disks.iter().enumerate();
+        disks
+            .filter(|(_, disk)| disk.shared)
+            .map(|(index, _)| node_name(index))
+            .collect()
     }
 
     /// Its beats.

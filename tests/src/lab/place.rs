@@ -58,8 +58,6 @@ pub enum Images {
     Blank,
     /// Something else, everywhere.
     OldData,
-    /// Those of another place are used (`argv` names them): disks on shared storage.
-    None,
 }
 
 /// A host of the guest.
@@ -67,31 +65,17 @@ pub enum Images {
 pub struct Place {
     guest: Arc<Inner>,
     folder: PathBuf,
-    disks: PathBuf,
 }
 
 impl Place {
     pub(crate) fn create(guest: Arc<Inner>, name: &str, images: Images) -> Result<Self> {
         let folder = guest.folder().join(name);
         fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-        let place = Self {
-            guest,
-            disks: folder.clone(),
-            folder,
-        };
-        if images != Images::None {
-            for index in 0..place.guest.description.disks.len() {
-                place.create_image(index, images)?;
-            }
+        let place = Self { guest, folder };
+        for index in 0..place.guest.description.disks.len() {
+            place.create_image(index, images)?;
         }
         Ok(place)
-    }
-
-    /// Uses the images of `other`: shared storage.
-    #[must_use]
-    pub fn with_disks_of(mut self, other: &Self) -> Self {
-        self.disks.clone_from(&other.disks);
-        self
     }
 
     /// Its folder.
@@ -115,8 +99,13 @@ impl Place {
     /// Image of disk number `index`.
     #[must_use]
     pub fn image(&self, index: usize) -> PathBuf {
-        let format = self.guest.description.disks[index].format.name();
-        self.disks.join(format!("{}.{format}", node_name(index)))
+        let disk = &self.guest.description.disks[index];
+        let folder = if disk.shared {
+            self.guest.folder()
+        } else {
+            &self.folder
+        };
+        folder.join(format!("{}.{}", node_name(index), disk.format.name()))
     }
 
     /// What the guest wrote on its serial console here.
@@ -255,6 +244,9 @@ impl Place {
     fn create_image(&self, index: usize, images: Images) -> Result<()> {
         let disk = &self.guest.description.disks[index];
         let path = self.image(index);
+        if disk.shared && path.exists() {
+            return Ok(());
+        }
         let raw = match disk.format {
             DiskFormat::Raw => path.clone(),
             DiskFormat::Qcow2 => self.folder.join(format!("{}.draft", node_name(index))),
@@ -263,7 +255,7 @@ impl Place {
         file.set_len(disk.size)?;
         let seed = index as u64;
         match images {
-            Images::Blank | Images::None => {}
+            Images::Blank => {}
             Images::AsDescribed => fill(&file, disk.size, disk.prefilled, PIECE * 2, 1000 + seed)?,
             Images::OldData => fill(&file, disk.size, disk.size, PIECE, 2000 + seed)?,
         }

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError};
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use vmferry_common::causes::chain;
 use vmferry_common::local::Events;
 use vmferry_common::ownership;
 use vmferry_hypervisor::config::{DriverKind, SourceConfig};
@@ -149,7 +150,7 @@ async fn program(run: Arc<Run>, node: Node, verb: Verb) -> Result<Report, NotBeg
         usage: false,
         error: vmferry_proto::error::WireError::new(
             vmferry_proto::error::ErrorCode::Hypervisor,
-            run::chain(error),
+            chain(error),
         ),
     };
     let state = run.state_dir(&node).map_err(|error| failed(&error))?;

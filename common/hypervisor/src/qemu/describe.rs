@@ -1,8 +1,9 @@
 //! From inventories to the guest's description, and back to what the drivers work with.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::json;
+use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{GuestName, RegionId};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RegionSpec, RunState};
@@ -13,6 +14,7 @@ use super::qmp::{Qmp, QmpError};
 use crate::config::{DiskConfig, DiskMode};
 use crate::error::GuestError;
 use crate::memory::MemoryBlock;
+use crate::space::{self, DiskNeed, Needs};
 
 /// One error out of all reasons; none, no error.
 pub(super) fn refuse(what: &str, reasons: &[String]) -> Result<(), GuestError> {
@@ -126,6 +128,28 @@ pub(super) fn disks(
         .collect()
 }
 
+/// What this host must have for a guest that comes to the waiting QEMU `process`.
+pub(super) fn needs(spec: &GuestSpec, layout: &Layout, process: &ProcessIdentity) -> Needs {
+    let blocks = layout.ram.iter().filter(|block| !block.huge_pages);
+    let disks = disks(spec, layout)
+        .into_iter()
+        .filter_map(|(_, node, name, len)| {
+            let disk = layout.disks.iter().find(|disk| disk.node == node)?;
+            Some(DiskNeed {
+                // Relative paths are QEMU's.
+                image: PathBuf::from(format!("/proc/{}/cwd", process.pid)).join(&disk.image),
+                used: space::bytes_in_use(spec, &name).unwrap_or(len.0),
+                allocated: disk.allocated,
+                name,
+            })
+        });
+    Needs {
+        memory: blocks.map(|block| block.used).sum(),
+        resident: space::resident_bytes(process.pid).unwrap_or(0),
+        disks: disks.collect(),
+    }
+}
+
 /// What is not as it was when the migration began.
 pub(super) fn changes(then: &Changing, now: &Changing) -> Vec<String> {
     let mut out = Vec::new();
@@ -182,10 +206,4 @@ pub(super) async fn activate_disks(qmp: &Qmp) -> Result<(), QmpError> {
         Err(QmpError::Refused { class, .. }) if class == "CommandNotFound" => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-/// Free bytes for an unprivileged user on the file system that holds `path`.
-pub(super) fn free_space(path: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(path).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -31,7 +31,6 @@ mod state_file;
 mod stream;
 mod target;
 mod target_copy;
-mod target_space;
 
 pub use source::QemuSource;
 pub use target::QemuTarget;

@@ -10,6 +10,7 @@ use vmferry_proto::spec::{DeviceSpec, GuestSpec, HINT, RegionKind};
 
 use super::inventory::{Layout, Machine, Obstacles};
 use super::names;
+use crate::space;
 
 /// Block drivers that move data between guest memory and disk past the kernel: dirty-page tracking does not see it.
 const DMA_DRIVERS: [&str; 6] = [
@@ -184,10 +185,7 @@ pub(super) fn devices(machine: &Machine, layout: &Layout, shared: &[String]) -> 
     );
     for disk in &layout.disks {
         if !disk.read_only && !shared.contains(&disk.name) && disk.allocated > 0 {
-            devices.push(DeviceSpec {
-                path: in_use_path(&disk.name),
-                kind: disk.allocated.to_string(),
-            });
+            devices.push(space::in_use_hint(&disk.name, disk.allocated));
         }
         let mode = if shared.contains(&disk.name) {
             "shared"
@@ -203,19 +201,6 @@ pub(super) fn devices(machine: &Machine, layout: &Layout, shared: &[String]) -> 
     }
     devices.sort();
     devices
-}
-
-/// A hint, not compared: how much of a disk to copy is in use at the source.
-fn in_use_path(disk: &str) -> String {
-    format!("{HINT}bytes-in-use/{disk}")
-}
-
-/// How much of `disk` is in use at the source, where it knows; at most its length.
-pub(super) fn bytes_in_use(spec: &GuestSpec, disk: &str) -> Option<u64> {
-    let path = in_use_path(disk);
-    let hint = spec.devices.iter().find(|device| device.path == path)?;
-    let region = spec.regions.iter().find(|region| region.name == disk)?;
-    Some(hint.kind.parse::<u64>().ok()?.min(region.len.0))
 }
 
 /// Why `spec` cannot be received here: every difference, with both values.

@@ -22,12 +22,12 @@ use super::nbd_server::NbdServer;
 use super::preflight;
 use super::qmp::{Qmp, QmpError};
 use super::state_file::IncomingPipe;
-use super::target_space;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
 use crate::launch::{self, Watched};
 use crate::memory::ProcessMemory;
 use crate::open::{Leftovers, TargetOptions};
+use crate::space;
 
 /// How long a launched QEMU may take until its QMP socket is there: memory may be preallocated.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
@@ -203,7 +203,7 @@ impl Copy {
         let shared = describe::shared_disks(&config.disks, &layout)?;
         let differences = preflight::mismatches(spec, &machine, &layout, &shared);
         describe::refuse("this QEMU does not fit the guest", &differences)?;
-        target_space::check(spec, &layout, &process)?;
+        space::check(&describe::needs(spec, &layout, &process))?;
         let memory = ProcessMemory::attach(&process, describe::memory(spec, &layout))?;
         let incoming = IncomingPipe::hand_over(&link.qmp).await?;
         let mut copy = Self {

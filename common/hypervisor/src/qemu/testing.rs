@@ -1,5 +1,6 @@
 //! What the driver's tests share: a real QEMU whose guest is a boot sector that writes memory and disks.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -59,9 +60,14 @@ pub(crate) fn qemu_binary() -> Option<String> {
     }
 }
 
+/// Ends what works in the folder that it is given, once this process is gone.
+const SWEEP: &str = include_str!("sweep.sh");
+
 /// A folder with two images: `d0.raw` and `d1.qcow2`.
 #[derive(Debug)]
 pub(crate) struct Host {
+    /// Ends the QEMUs of a test that is killed: they live in sessions of their own.
+    sweeper: Child,
     folder: tempfile::TempDir,
     binary: String,
 }
@@ -113,7 +119,18 @@ impl Host {
     fn new() -> Option<Self> {
         let binary = qemu_binary()?;
         let folder = tempfile::tempdir().unwrap();
-        Some(Self { folder, binary })
+        let sweeper = Command::new("sh")
+            .args(["-c", SWEEP, "sh"])
+            .arg(folder.path())
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        Some(Self {
+            sweeper,
+            folder,
+            binary,
+        })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -207,6 +224,14 @@ impl Host {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         panic!("QEMU did not come up");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The test ends by itself: there is nothing to sweep.
+        let _ = self.sweeper.kill();
+        let _ = self.sweeper.wait();
     }
 }
 

@@ -1,6 +1,7 @@
 //! What an embedded guest says of itself, and the comparison of two of them.
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use vmferry_common::process::ProcessIdentity;
@@ -13,6 +14,7 @@ use super::client::Client;
 use crate::config::{DiskConfig, DiskMode};
 use crate::error::GuestError;
 use crate::memory::{MemoryBlock, ProcessMemory};
+use crate::space::{self, DiskNeed, Needs};
 
 /// Name of the one RAM block.
 pub(super) const RAM: &str = "ram";
@@ -88,15 +90,19 @@ pub(super) fn spec(name: &GuestName, found: &Description, mode: DiskMode) -> Gue
         len: RegionLen(found.ram_len),
     }];
     let mut shared_disks = Vec::new();
+    let mut devices = Vec::new();
     match (&found.disk, mode) {
         (None, _) => {}
         (Some(_), DiskMode::Shared) => shared_disks.push(DISK.to_owned()),
-        (Some(_), DiskMode::Copy) => regions.push(RegionSpec {
-            id: RegionId(1),
-            name: DISK.to_owned(),
-            kind: RegionKind::Disk,
-            len: RegionLen(found.disk_len),
-        }),
+        (Some(path), DiskMode::Copy) => {
+            regions.push(RegionSpec {
+                id: RegionId(1),
+                name: DISK.to_owned(),
+                kind: RegionKind::Disk,
+                len: RegionLen(found.disk_len),
+            });
+            devices.extend(allocated(path).map(|bytes| space::in_use_hint(DISK, bytes)));
+        }
     }
     GuestSpec {
         name: name.clone(),
@@ -112,8 +118,33 @@ pub(super) fn spec(name: &GuestName, found: &Description, mode: DiskMode) -> Gue
         },
         regions,
         shared_disks,
-        devices: Vec::new(),
+        devices,
     }
+}
+
+/// What this host must have for a guest that comes to the waiting one of `found`. Its memory is left out: such a guest is made large
+/// and mostly never written to, so its size says nothing.
+pub(super) fn needs(spec: &GuestSpec, found: &Description) -> Needs {
+    let copied = spec.regions.iter().find(|region| region.name == DISK);
+    let disk = found
+        .disk
+        .as_ref()
+        .zip(copied)
+        .map(|(path, region)| DiskNeed {
+            name: DISK.to_owned(),
+            image: path.clone(),
+            used: space::bytes_in_use(spec, DISK).unwrap_or(region.len.0),
+            allocated: allocated(path).unwrap_or(0),
+        });
+    Needs {
+        disks: disk.into_iter().collect(),
+        ..Needs::default()
+    }
+}
+
+/// Bytes that an image takes up.
+fn allocated(path: &Path) -> Option<u64> {
+    Some(std::fs::metadata(path).ok()?.blocks() * 512)
 }
 
 /// Every difference that keeps `ours` from taking what `theirs` says, or nothing.

@@ -25,6 +25,7 @@ use crate::guest::{GuestLife, RegionWriter, StartError, TargetGuest};
 use crate::launch::{self, Watched};
 use crate::memory::ProcessMemory;
 use crate::open::{CopyLeft, Reopening, TargetOptions};
+use crate::space;
 
 /// How long a launched guest may take until it listens.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
@@ -202,6 +203,7 @@ impl Copy {
                 problems.join("; ")
             )));
         }
+        space::check(&describe::needs(spec, &found))?;
         let copied = spec
             .regions
             .iter()

@@ -6,7 +6,8 @@ use super::super::describe;
 use super::super::hmp::RamBlock;
 use super::super::inventory::{BlockNode, Disk, Export, Layout, Machine, Obstacles};
 use super::super::qmp::Version;
-use super::{bytes_in_use, mismatches, source, too_large};
+use super::{mismatches, source, too_large};
+use crate::space::bytes_in_use;
 
 fn machine() -> Machine {
     Machine {
