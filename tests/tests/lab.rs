@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use vmferry_tests::lab::{
-    BeatFault, Content, Disk, Guest, Images, JudgeParams, Lab, MemoryKind, Start, content,
+    BeatFault, Content, Disk, Guest, JudgeParams, Lab, MemoryKind, Start, content,
     find_judged_page, read_memory, write_memory,
 };
 
@@ -187,16 +187,13 @@ fn a_migration_by_qemu_itself_is_one_sequence_with_one_gap() {
         .memory_mib(RAM_MIB)
         .memory(MemoryKind::SharedFile)
         .vcpus(2)
-        .disk(Disk::raw(32 << 20))
-        .disk(Disk::qcow2(32 << 20))
+        .disk(Disk::raw(32 << 20).shared())
+        .disk(Disk::qcow2(32 << 20).shared())
         .judge(small())
         .build()
         .unwrap();
     let alpha = guest.place("alpha").unwrap();
-    let beta = guest
-        .place_with("beta", Images::None)
-        .unwrap()
-        .with_disks_of(&alpha);
+    let beta = guest.place("beta").unwrap();
     let source = alpha.start(Start::Boot).unwrap();
     guest.wait_ready().unwrap();
     let destination = beta.start(Start::Incoming).unwrap();

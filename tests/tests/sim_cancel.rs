@@ -64,17 +64,10 @@ fn expect_cancelled(stage: &Stage, guest: &SimGuest, done: &Finished, before: &[
     assert_eq!(report["guest_now"], "runs-at-source");
     assert_eq!(report["error"]["code"], "cancelled");
     stage.expect_stayed(guest);
-    let mut now = Vec::new();
-    let as_before = soon(|| {
-        now = descriptors(guest.first_pid());
-        now == before
-    });
-    assert!(as_before, "descriptors {before:?} became {now:?}");
+    stage.expect_traceless(guest, before);
     let owner = stage.alpha.ask(Role::Source, "owner", "web", &[]).unwrap();
     assert_eq!(owner.code(), 0, "{}", owner.stdout);
-    let done = stage.migrate(guest, &PATIENT);
-    stage.expect_code(&done, 0);
-    stage.expect_moved(guest);
+    stage.expect_moves(guest, &PATIENT);
 }
 
 /// Cancels while `at` stands in the hooks of `phase`.
@@ -228,7 +221,7 @@ fn a_guest_that_does_not_converge_is_recognised_within_three_rounds() {
         assert!(detail.contains(word), "{detail}");
     }
     stage.expect_stayed(&guest);
-    assert!(soon(|| descriptors(guest.first_pid()) == before));
+    stage.expect_traceless(&guest, &before);
     // Forced, it moves.
     let done = stage.migrate(&guest, &[&NARROW[..], &["--on-stall", "force"]].concat());
     println!("{}", done.stderr);

@@ -63,20 +63,38 @@ fn a_full_disk_at_the_destination_is_named_and_harms_nothing() {
     let guest = SimGuest::start(spec, &alpha).unwrap();
     guest.expect_at(&beta, &["alpha"]).unwrap();
 
-    let full = SmallDisk::mount(&beta.path("images"), "2m");
-    let done = alpha.migrate("web", agent.port, &[]).unwrap();
-    assert_eq!(done.code(), 1, "{}", done.stderr);
-    assert_eq!(
-        done.json().unwrap()["error"]["code"],
-        "no-space",
-        "{}",
-        done.stderr
+    let no_space = |words: &str| {
+        let done = alpha.migrate("web", agent.port, &[]).unwrap();
+        println!("{}", done.stderr);
+        assert_eq!(done.code(), 1, "{}", done.stderr);
+        let report = done.json().unwrap();
+        assert_eq!(report["error"]["code"], "no-space", "{report}");
+        assert!(done.stderr.contains(words), "{}", done.stderr);
+        guest.wait_for_beats(50).unwrap();
+        guest.verify_on(&alpha).unwrap();
+        assert!(!guest.is_on(&beta));
+        report
+    };
+
+    // Too small from the beginning: nothing is copied.
+    let images = beta.path("images");
+    let small = SmallDisk::mount(&images, "2m");
+    let report = no_space("disk disk0 needs");
+    assert_eq!(report["rounds"], serde_json::json!([]), "{report}");
+    assert_eq!(report["error"]["phase"], "prepare", "{report}");
+    drop(small);
+
+    // Large enough, until somebody else fills it while the guest is copied.
+    let filled = SmallDisk::mount(&images, "64m");
+    let filler = images.join("filler");
+    let fill = format!(
+        "head -c 64M /dev/zero >'{}' 2>/dev/null; exit 0",
+        filler.display()
     );
-    assert!(done.stderr.contains("no space left"), "{}", done.stderr);
-    guest.wait_for_beats(50).unwrap();
-    guest.verify_on(&alpha).unwrap();
-    assert!(!guest.is_on(&beta));
-    drop(full);
+    let hook = beta.hook("copy", &fill).unwrap();
+    no_space("no space left");
+    std::fs::remove_file(hook).unwrap();
+    drop(filled);
 
     let done = alpha.migrate("web", agent.port, &[]).unwrap();
     assert_eq!(

@@ -1,19 +1,15 @@
-//! What is refused before a byte is copied: certificates that are not right, guests that do not fit, names that are taken.
-//! Each refusal says why on both sides and leaves the guest alone.
+//! What is refused before a byte is copied: senders that are not listed, guests that do not fit, names that are taken.
+//! Each refusal says why on both sides and leaves the guest alone. Certificates have a file of their own.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair};
-use time::{Duration as Days, OffsetDateTime};
-use vmferry_certs::{HostRequest, Validity};
 use vmferry_tests::harness::process::Finished;
-use vmferry_tests::harness::role::{Programs, Role};
+use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::soon;
-use vmferry_tests::harness::{Hosts, SimGuest, SimSpec, Stage};
+use vmferry_tests::harness::{SimGuest, SimSpec, Stage};
 
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
 const END: Duration = Duration::from_secs(60);
@@ -53,130 +49,6 @@ fn expect_refused(
     stage.expect_stayed(guest);
 }
 
-fn host(name: &str, addresses: &[&str], validity: Validity) -> HostRequest {
-    HostRequest {
-        name: name.to_owned(),
-        addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
-        validity,
-    }
-}
-
-#[test]
-fn a_certificate_of_another_authority_is_refused() {
-    let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
-    let others = Hosts::new(Programs::played_by(PROGRAMS.as_ref())).unwrap();
-    let stranger = others.host("alpha").unwrap();
-    // All of the stranger's: it does not trust beta either, and says so.
-    stage
-        .alpha
-        .take_identity(&stranger.path("identity"))
-        .unwrap();
-    let done = stage.migrate(&guest, &[]);
-    expect_refused(
-        &stage,
-        &guest,
-        &done,
-        "link-lost",
-        &["certificate"],
-        &["connection refused"],
-    );
-    // Only the certificate is the stranger's: beta does not trust it.
-    let ca = stage.hosts.dir().join("ca/ca.pem");
-    fs::copy(ca, stage.alpha.path("identity/ca.pem")).unwrap();
-    let done = stage.migrate(&guest, &[]);
-    println!("--- alpha says\n{}", done.stderr);
-    assert_ne!(done.code(), 0);
-    assert!(done.stderr.contains("certificate"), "{}", done.stderr);
-    stage.expect_stayed(&guest);
-}
-
-#[test]
-fn an_expired_certificate_is_refused() {
-    let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
-    let now = OffsetDateTime::now_utc();
-    let past = Validity {
-        not_before: now - Days::days(9),
-        not_after: now - Days::days(2),
-    };
-    let expired: PathBuf = stage.hosts.dir().join("expired");
-    let request = host("alpha", &["127.0.0.1"], past);
-    stage.hosts.authority().issue(&request, &expired).unwrap();
-    stage.alpha.take_identity(&expired).unwrap();
-    let done = stage.migrate(&guest, &[]);
-    println!(
-        "--- alpha says\n{}\n--- beta says\n{}",
-        done.stderr,
-        stage.agent_log()
-    );
-    assert!(matches!(done.code(), 1 | 2), "{}", done.code());
-    assert!(done.stderr.contains("expired"), "{}", done.stderr);
-    stage.expect_stayed(&guest);
-}
-
-#[test]
-fn a_destination_that_is_not_the_one_asked_for_is_refused() {
-    let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
-    let narrow: PathBuf = stage.hosts.dir().join("narrow");
-    let request = host("beta", &["127.0.0.1"], Validity::days(365).unwrap());
-    stage.hosts.authority().issue(&request, &narrow).unwrap();
-    stage.beta.take_identity(&narrow).unwrap();
-    // A second agent of beta's host, with a state of its own, knows only the new identity.
-    let agent = stage
-        .hosts
-        .host("gamma")
-        .and_then(|gamma| {
-            gamma.take_identity(&narrow)?;
-            gamma.serve(&[])
-        })
-        .unwrap();
-    let to = format!("localhost:{}", agent.port);
-    let running = stage.alpha.start_migrate_to("web", &to, &[]).unwrap();
-    let done = running.wait(END).unwrap();
-    println!(
-        "--- alpha says\n{}\n--- the other says\n{}",
-        done.stderr,
-        agent.process.stderr()
-    );
-    stage.expect_code(&done, 1);
-    let report = done.json().unwrap();
-    let detail = report["error"]["detail"].as_str().unwrap();
-    assert!(detail.contains("localhost"), "{detail}");
-    assert!(soon(|| agent
-        .process
-        .stderr()
-        .contains("connection refused")));
-    stage.expect_stayed(&guest);
-}
-
-#[test]
-fn a_certificate_for_the_other_role_is_refused() {
-    let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(small());
-    let ca = stage.hosts.dir().join("ca");
-    let read = |name: &str| fs::read_to_string(ca.join(name)).unwrap();
-    let key = KeyPair::from_pem(&read("ca.key")).unwrap();
-    let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).unwrap();
-    let mut params =
-        CertificateParams::new(vec!["alpha".to_owned(), "127.0.0.1".to_owned()]).unwrap();
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    let own = KeyPair::generate().unwrap();
-    let certificate = params.signed_by(&own, &issuer).unwrap();
-    fs::write(stage.alpha.path("identity/cert.pem"), certificate.pem()).unwrap();
-    fs::write(stage.alpha.path("identity/key.pem"), own.serialize_pem()).unwrap();
-    let done = stage.migrate(&guest, &[]);
-    println!(
-        "--- alpha says\n{}\n--- beta says\n{}",
-        done.stderr,
-        stage.agent_log()
-    );
-    assert!(matches!(done.code(), 1 | 2), "{}", done.code());
-    assert!(done.stderr.contains("certificate"), "{}", done.stderr);
-    stage.expect_stayed(&guest);
-}
-
 #[test]
 fn only_those_in_from_may_send_a_guest() {
     let stage = Stage::set(PROGRAMS);
@@ -188,6 +60,16 @@ fn only_those_in_from_may_send_a_guest() {
         let words = ["alpha may not send guest web", allowed.as_str()];
         expect_refused(&stage, &guest, &done, "not-authorized", &words, &words);
     }
+    // It is over: who asks to recover it is told so.
+    let recovered = stage
+        .alpha
+        .ask(Role::Source, "recover", "web", &[])
+        .unwrap();
+    println!("{}", recovered.stderr);
+    stage.expect_code(&recovered, 2);
+    let said = &recovered.stderr;
+    assert!(said.contains("nothing to recover"), "{said}");
+    assert!(said.contains("alpha may not send guest web"), "{said}");
 }
 
 #[test]

@@ -31,13 +31,15 @@ pub(crate) fn busy(lab: &'static Lab, name: &str) -> Pair {
 pub(crate) fn shared_and_direct(lab: &'static Lab, name: &str) -> Pair {
     let guest = lab
         .guest(name)
-        .memory_mib(256)
+        .memory_mib(512)
         .memory(MemoryKind::SharedFile)
         .vcpus(2)
         .disk(Disk::raw(48 * MIB).prefilled(8 * MIB).direct())
         .disk(Disk::qcow2(48 * MIB).direct())
         .judge(JudgeParams {
-            memory: 96 * MIB,
+            memory: 192 * MIB,
+            dirty: 16 * MIB,
+            working_set: 32 * MIB,
             disk: 4 * MIB,
             ..JudgeParams::default()
         })

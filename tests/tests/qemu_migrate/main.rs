@@ -12,6 +12,7 @@ mod guests;
 mod moves;
 mod refused;
 mod resumes;
+mod shared;
 mod states;
 mod stays;
 

@@ -1,10 +1,13 @@
 //! Guests that cannot move, or not to there: refused with the reason, before anything is copied, and unharmed.
 
+use std::time::Duration;
+
+use serde_json::json;
 use vmferry_tests::harness::hosts::Agent;
 use vmferry_tests::harness::qemu::{Pair, ended};
-use vmferry_tests::lab::{Disk, Lab, Start};
+use vmferry_tests::lab::{Disk, Lab, Qmp, Start};
 
-use super::guests::{MIB, pair, small};
+use super::guests::{MIB, VERIFIED, pair, small};
 
 /// The guest is refused with a message that has all of `words`, nothing is copied, and the guest goes on.
 fn refused(pair: &Pair, agent: &Agent, pid: u32, words: &[&str]) {
@@ -104,5 +107,50 @@ fn a_destination_that_does_not_fit_is_refused_with_each_difference() {
     pair.expect_at(&pair.beta, "gamma", Some(fit)).unwrap();
     refused(&pair, &agent, source.pid(), &["alpha", "from"]);
     pair.guest.verify_now().unwrap();
+    pair.unbroken(1).unwrap();
+}
+
+#[test]
+fn a_guest_whose_qemu_others_work_with_is_refused_until_they_are_done() {
+    let Some(lab) = Lab::get() else { return };
+    let pair = pair(small(lab, "in-use").build());
+    pair.expect_launched().unwrap();
+    let source = pair.boot().unwrap();
+    let agent = pair.beta.host.serve(&[]).unwrap();
+    let qmp_path = pair.alpha.place.qmp_path();
+
+    let other = Qmp::connect(&qmp_path, Duration::from_secs(10)).unwrap();
+    let path = qmp_path.display().to_string();
+    refused(
+        &pair,
+        &agent,
+        source.pid(),
+        &["another program is connected", &path],
+    );
+    drop(other);
+
+    let socket = pair
+        .alpha
+        .place
+        .folder()
+        .join("backup")
+        .display()
+        .to_string();
+    let address = json!({ "addr": { "type": "unix", "data": { "path": socket } } });
+    let order = |command: &str, arguments| source.qmp().execute(command, arguments).unwrap();
+    order("nbd-server-start", address);
+    refused(
+        &pair,
+        &agent,
+        source.pid(),
+        &["NBD server is in use by another program"],
+    );
+    let export = json!({ "type": "nbd", "id": "backup", "node-name": "vda" });
+    order("block-export-add", export);
+    refused(&pair, &agent, source.pid(), &["block export backup"]);
+    order("nbd-server-stop", json!({}));
+
+    let moved = pair.move_guest((&pair.alpha, &pair.beta), &agent, &VERIFIED);
+    moved.unwrap();
     pair.unbroken(1).unwrap();
 }
