@@ -64,6 +64,9 @@ struct Run {
     /// What RAM is made of.
     #[arg(long, default_value = "anon")]
     ram_kind: RamKind,
+    /// Take all of RAM from the system at once, not page by page as it is written.
+    #[arg(long)]
+    prealloc: bool,
     /// File of the disk; without it there is none. Emptied first, unless --incoming.
     #[arg(long)]
     disk: Option<PathBuf>,
@@ -225,6 +228,10 @@ fn live(run: Run) -> anyhow::Result<()> {
         Guest::create(&config)
     };
     let guest = guest.context("the guest cannot be made")?;
+    if run.prealloc {
+        let taken = guest.ram().preallocate();
+        taken.context("the system does not give all of the RAM (--prealloc)")?;
+    }
     let socket = Socket::bind(&run.socket)
         .with_context(|| format!("cannot listen on {}", run.socket.display()))?;
     let orders = socket.serve().context("control socket")?;

@@ -26,6 +26,8 @@ pub struct SimSpec {
     pub ram: u64,
     /// `anon` or `memfd`.
     pub ram_kind: &'static str,
+    /// Whether all of RAM is taken from the system at once.
+    pub prealloc: bool,
     /// Bytes of disk; 0 for none.
     pub disk: u64,
     /// RAM written per second, in bytes.
@@ -50,6 +52,7 @@ impl SimSpec {
             name: name.to_owned(),
             ram: 64 << 20,
             ram_kind: "anon",
+            prealloc: false,
             disk: 16 << 20,
             dirty_rate: 8 << 20,
             working_set: 8 << 20,
@@ -87,6 +90,9 @@ impl SimSpec {
         if self.disk > 0 {
             set("--disk", disk(host, &self.name).display().to_string());
             set("--disk-size", format!("{}B", self.disk));
+        }
+        if self.prealloc {
+            args.push("--prealloc".to_owned());
         }
         args
     }
