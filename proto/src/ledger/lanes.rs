@@ -237,7 +237,8 @@ impl Work {
     }
 
     /// The next window, and the blocks of it that come next, for lane `lane` of `lanes`: the rest of the current region,
-    /// then the other wanted regions, then what lies before in the first.
+    /// then the other wanted regions, then what lies before in them: any of them may stand in its middle since an earlier
+    /// turn, and ends once before it starts over.
     pub(super) fn next(
         &mut self,
         lane: Lane,
@@ -245,7 +246,7 @@ impl Work {
         wanted: impl Fn(RegionId) -> bool,
         dirty: impl Fn(WindowRef) -> WindowBits,
     ) -> Option<(WindowRef, WindowBits)> {
-        for _ in 0..=self.regions.len() {
+        for _ in 0..2 * self.regions.len() {
             let region = RegionId(u16::try_from(self.current).ok()?);
             let found = self.regions.get_mut(self.current).and_then(|work| {
                 if !wanted(region) {

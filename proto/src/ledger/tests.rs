@@ -839,6 +839,34 @@ mod against_an_oracle {
         }
     }
 
+    /// Region 2 stands in its middle, behind what is dirty again, when its turn comes.
+    #[test]
+    fn a_region_that_was_left_in_its_middle_gets_its_turn() {
+        let mut world = World::new();
+        for step in [
+            Step::Lose {
+                lanes: 1,
+                flush_first: false,
+                forget: false,
+            },
+            Step::Send {
+                lane: 0,
+                kind: 2,
+                frames: 6,
+            },
+            Step::Renew,
+            Step::Send {
+                lane: 0,
+                kind: 1,
+                frames: 1,
+            },
+        ] {
+            world.apply(&step);
+            world.check();
+        }
+        world.finish();
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
