@@ -178,6 +178,7 @@ impl Migration {
                 })
             }
             Input::Fenced => Some(SourceEvent::ResolveDestinationFenced),
+            Input::GuestEnded(_) if self.parting => None,
             Input::GuestEnded(life) => {
                 let reason = MigrateError::GuestEnded(life).to_wire();
                 Some(if self.handover.is_copying() {

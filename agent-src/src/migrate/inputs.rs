@@ -124,7 +124,7 @@ impl Migration {
             && self.handover.is_in_doubt()
         {
             leave_at
-        } else if self.handover.is_copying() && self.end.is_none() {
+        } else if self.handover.is_copying() && self.end.is_none() && !self.parting {
             self.began + self.options.limits.timeout
         } else {
             Instant::now() + FAR

@@ -96,6 +96,8 @@ pub struct Migration {
     /// Why the last try to connect failed, whole: the machine keeps only its short form.
     connect_error: Option<MigrateError>,
     end: Option<SourceEnd>,
+    /// The migration ends here, and the destination is being told: nothing but a person's wish cuts that short.
+    parting: bool,
     /// Set where the process is told to stop while only the destination knows the outcome.
     left_in_doubt: bool,
     /// When a process that was told to stop leaves although it is in doubt.
@@ -231,6 +233,7 @@ impl Migration {
             stats,
             began,
             end: None,
+            parting: false,
             left_in_doubt: false,
             leave_at: None,
             only_recover,
@@ -394,6 +397,7 @@ impl Migration {
     /// Ends the migration at this side for a reason that no new session mends.
     async fn give_up(&mut self, error: &MigrateError) {
         tracing::debug!(error = %chain(error), "the migration ends here");
+        self.parting = true;
         if self.session.is_none() && self.handover.is_connected() {
             // Nobody is there to confirm the end, so it is not waited for.
             let reason = error.to_wire();
