@@ -15,13 +15,15 @@
 //! ```text
 //! rate   = most bytes acknowledged in a round over its span, of the last 10 rounds   (filters, round)
 //! rtt    = shortest round trip of the last 10 s of full use                          (filters)
-//! window = gain × rate × rtt + headroom      headroom = rate × 1 ms, at least 16 packets
+//! window = gain × rate × rtt + headroom      headroom = rate × 1 ms, at least 16 packets,
+//!                                                     and what came together in one of the last 10 rounds  (gathered)
 //! ```
 //!
 //! A *round* lasts until what was sent after its beginning is acknowledged, at least 4 ms: on a shorter path the host's
 //! scheduling, not the path, decides when acknowledgements come. Its span is the longer of that between its acknowledgements and
 //! that between the sendings of what they acknowledge, so that acknowledgements which were held up and come together show no
-//! faster path. The headroom is for timers and batches; where the queue has not even room for that, loss takes it away.
+//! faster path. The headroom is for timers and batches: a host that is busy compressing or writing takes packets in batches, and what
+//! of a batch the rate does not explain is added to the window, up to 50 ms' worth. Where the queue has not even room for that, loss takes it away.
 //!
 //! # Phases
 //!
@@ -73,9 +75,10 @@
 //!
 //! `tests`: quinn's own state machines at both ends of a seeded link in simulated time: use of the line from 100 Mbit/s to
 //! 1 Gbit/s, 0.2 to 80 ms, without loss and up to 1 %; the tenth round trip; the wait in the queue; short queues, rate changes,
-//! bursts, a cut, reordering; the last flight after idling; parts of the line beside Cubic and beside another of ours.
+//! bursts, a cut, reordering, a host that looks every 5 ms; the last flight after idling; parts of the line beside Cubic and beside another of ours.
 
 mod filters;
+mod gathered;
 mod model;
 mod round;
 mod sharing;

@@ -11,6 +11,7 @@ use quinn_proto::RttEstimator;
 use super::filters::{
     RATE_ROUNDS, RATE_ROUNDS_QUEUED, RateFilter, RttFilter, carried, percent, time_of,
 };
+use super::gathered::Gathered;
 use super::round::{Report, Round};
 use super::sharing::Sharing;
 use crate::units::Rate;
@@ -20,9 +21,11 @@ use crate::units::Rate;
 const INITIAL_PACKETS: u64 = 128;
 /// Least window and least headroom, in packets: they go in batches of ten, and every second one is acknowledged.
 const LEAST_PACKETS: u64 = 16;
-/// Beyond what the path holds the window has this much time's worth, for the grain of timers and for acknowledgements that
-/// come together.
+/// Beyond what the path holds the window has this much time's worth, for the grain of timers; or what acknowledgements that come
+/// together need.
 const HEADROOM: Duration = Duration::from_millis(1);
+/// Batches of a host that pauses for which there is room: one is acknowledged while the next is on its way.
+const BATCHES: u64 = 2;
 /// Growth in start-up, in percent of what is acknowledged: a queue shows a round trip after it began, and doubling would have
 /// filled one as large as the path by then.
 const START_UP_GROWTH: u64 = 75;
@@ -96,6 +99,7 @@ pub(super) struct Model {
     rate: RateFilter,
     rtt: RttFilter,
     round: Round,
+    gathered: Gathered,
     phase: Phase,
     cycle: u32,
     /// The model's rate when the last probe began.
@@ -125,6 +129,7 @@ impl Model {
             rate: RateFilter::default(),
             rtt: RttFilter::default(),
             round: Round::new(now),
+            gathered: Gathered::default(),
             phase: Phase::StartUp {
                 best: Rate(0),
                 flat: 0,
@@ -142,7 +147,7 @@ impl Model {
     }
 
     fn headroom(&self) -> u64 {
-        let wanted = carried(self.rate.get(), HEADROOM);
+        let wanted = carried(self.rate.get(), HEADROOM).max(BATCHES * self.gathered.get());
         wanted.min(self.most_headroom).max(LEAST_PACKETS * self.mtu)
     }
 
@@ -154,6 +159,7 @@ impl Model {
     }
 
     fn on_round(&mut self, report: &Report) {
+        self.gathered.on_round();
         self.judge_loss(report);
         self.queued = self.has_queue(report.min_rtt);
         self.rtt.push(report.min_rtt);
@@ -354,6 +360,7 @@ impl Controller for Model {
         if self.in_flight == 0 {
             // After an idle time: what comes now says nothing about the time before.
             self.round = Round::new(now);
+            self.gathered.restart();
         }
         self.in_flight += bytes;
     }
@@ -371,6 +378,10 @@ impl Controller for Model {
             self.rtt.push(self.latest);
         }
         self.round.on_ack(now, sent, bytes, app_limited);
+        if !matches!(self.phase, Phase::StartUp { .. }) {
+            let min_rtt = self.rtt.get().unwrap_or_default();
+            self.gathered.on_ack(now, bytes, self.rate.get(), min_rtt);
+        }
         if matches!(self.phase, Phase::StartUp { .. }) && !app_limited {
             self.grow(bytes);
         }

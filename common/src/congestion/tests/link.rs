@@ -18,6 +18,8 @@ pub(super) struct LinkPlan {
     pub(super) reorder_ppm: u64,
     /// Loss within these times, from the start of the run, in parts of a million.
     pub(super) bursts: Vec<(Range<Duration>, u64)>,
+    /// The receiving host looks at its packets only so often.
+    pub(super) grain: Duration,
     pub(super) seed: u64,
 }
 
@@ -33,6 +35,7 @@ impl LinkPlan {
             loss_ppm: 0,
             reorder_ppm: 0,
             bursts: Vec::new(),
+            grain: Duration::ZERO,
             seed: 1,
         }
     }
@@ -88,7 +91,16 @@ impl Link {
         } else {
             Duration::ZERO
         };
-        Some(self.busy_until + self.plan.rtt / 2 + late)
+        Some(self.next_look(self.busy_until + self.plan.rtt / 2 + late))
+    }
+
+    fn next_look(&self, arrival: Instant) -> Instant {
+        let grain = self.plan.grain.as_nanos();
+        if grain == 0 {
+            return arrival;
+        }
+        let looks = (arrival - self.start).as_nanos().div_ceil(grain);
+        self.start + self.plan.grain * u32::try_from(looks).unwrap()
     }
 
     pub(super) fn set_rate(&mut self, now: Instant, rate: u64) {

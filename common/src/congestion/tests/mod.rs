@@ -98,6 +98,20 @@ fn fills_1_gbit_under_loss() {
 }
 
 #[test]
+fn a_busy_host_that_looks_now_and_then_does_not_slow_it_down() {
+    let plan = LinkPlan {
+        grain: ms(5),
+        ..LinkPlan::new(1000, Duration::from_micros(200), 10_000)
+    };
+    let mut world = World::new(plan);
+    world.add(Model, ENDLESS);
+    world.run(ms(1000));
+    let rate = world.rates(ms(1000))[0] as f64 / ceiling(world.link.plan.rate) as f64;
+    println!("{rate:.3} of the line");
+    assert!(rate >= 0.9, "{rate}");
+}
+
+#[test]
 fn a_short_queue_is_not_flooded() {
     let mut world = World::new(LinkPlan::new(100, ms(40), 10));
     world.add(Model, ENDLESS);
