@@ -17,6 +17,7 @@ use vmferry_proto::message::{Final, PrepareTiming, ToSource};
 use vmferry_proto::spec::RunState;
 
 use crate::board::Board;
+use crate::flusher::flush_once;
 use crate::hooks::Hooks;
 use crate::session::Outgoing;
 use crate::sink::Sink;
@@ -166,6 +167,7 @@ impl Script {
             ReceiptError::Attempt(WireError::new(ErrorCode::NotIdentical, gap.to_string()))
         })?;
         self.timing.apply_us += micros(began);
+        self.flush_ahead();
         let began = Instant::now();
         self.send_digests(&order).await?;
         self.timing.verify_us += micros(began);
@@ -173,6 +175,23 @@ impl Script {
         self.say(ToSource::Complete { attempt }).await?;
         self.last = Some(order);
         Ok(())
+    }
+
+    /// Begins to flush while the source saves the device state: the flush before the load, which counts, finds little left.
+    fn flush_ahead(&self) {
+        let ReceiptContext { sink, board, .. } = &self.context;
+        if board.unflushed() == 0 {
+            return;
+        }
+        let (sink, board) = (sink.clone(), board.clone());
+        tokio::spawn(async move {
+            if let Err(error) = flush_once(&sink, &board).await {
+                tracing::debug!(
+                    "the flush beside the device state failed: {}",
+                    chain(&error)
+                );
+            }
+        });
     }
 
     /// Waits until every lane is where `order` says, and says so at once.

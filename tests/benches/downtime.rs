@@ -17,7 +17,6 @@ use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::lab::{BeatRecorder, Disk, JudgeParams, Lab};
 
 const RUNS: u32 = 20;
-const QEMU_RUNS: u32 = 6;
 
 const PARTS: [&str; 12] = [
     "pause",
@@ -167,7 +166,7 @@ fn real(lab: &'static Lab) -> anyhow::Result<()> {
     pair.expect_launched()?;
     let _first = pair.boot()?;
     let mut table = Table::new();
-    for run in 0..bench::runs(QEMU_RUNS) {
+    for run in 0..bench::runs(RUNS) {
         let (from, to) = if run % 2 == 0 {
             (&pair.alpha, &pair.beta)
         } else {
