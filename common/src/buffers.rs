@@ -7,11 +7,14 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
 
 /// Buffers kept: 32 MiB, as much as a connection may have under way.
 const MOST: usize = 64;
+/// Where buffers begin: a cache line. The system's allocator begins large ones 16 bytes into a page, and the kernel's copy of guest
+/// pages to such an address was a third as fast on an AMD EPYC (`rep movsb` to an address just above the source's, modulo 4 KiB).
+const ALIGNMENT: usize = 64;
 
 /// Buffers that were lent, each as large as the largest payload.
 #[derive(Debug, Default)]
@@ -24,12 +27,12 @@ impl FrameBuffers {
     pub(crate) fn take(&self) -> BytesMut {
         let free = {
             let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
-            // What was lent first is acknowledged first, but for the differences between lanes.
-            let free = lent.iter().position(Bytes::is_unique);
+            // The one lent last of those that are back: its memory is the likeliest to be in a cache still.
+            let free = lent.iter().rposition(Bytes::is_unique);
             free.and_then(|at| lent.remove(at))
         };
         free.and_then(|buffer| buffer.try_into_mut().ok())
-            .unwrap_or_else(|| BytesMut::with_capacity(MAX_FRAME_PAYLOAD as usize))
+            .unwrap_or_else(|| aligned(MAX_FRAME_PAYLOAD as usize))
     }
 
     /// Lends `buffer`: what is returned may be held as long as need be.
@@ -44,6 +47,15 @@ impl FrameBuffers {
     }
 }
 
+/// An empty buffer of at least `capacity` bytes that begins at a multiple of [`ALIGNMENT`].
+fn aligned(capacity: usize) -> BytesMut {
+    let mut buffer = BytesMut::with_capacity(capacity + ALIGNMENT);
+    let before = buffer.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+    buffer.resize(before, 0);
+    buffer.advance(before);
+    buffer
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +66,7 @@ mod tests {
         let mut first = buffers.take();
         first.extend_from_slice(&[7; 300_000]);
         let at = first.as_ptr();
+        assert_eq!(at.align_offset(ALIGNMENT), 0);
         let payload = buffers.lend(first);
         let second = buffers.take();
         assert_ne!(second.as_ptr(), at, "the payload is still held");
