@@ -5,6 +5,7 @@
 //! into a buffer of the lane's before anything else looks at it: what QUIC may have to send again must
 //! not change under it. Owns neither the ledger nor any decision.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+use vmferry_common::budget::SendBudget;
 use vmferry_common::buffers::FrameBuffers;
 use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
@@ -55,6 +57,11 @@ impl LaneError {
     }
 }
 
+/// Threads that read and encode at once.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 /// What all lanes of a migration have done so far, and the choice of compression that follows from it. The
 /// counters are read without a lock; the policy is asked once a frame.
 #[derive(Debug)]
@@ -80,8 +87,7 @@ impl LaneCounters {
     /// Nothing done yet; frames are compressed as `mode` says.
     #[must_use]
     pub fn new(mode: CompressMode) -> Self {
-        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let policy = CompressPolicy::new(mode, u32::try_from(workers).unwrap_or(u32::MAX));
+        let policy = CompressPolicy::new(mode, u32::try_from(workers()).unwrap_or(u32::MAX));
         Self {
             wire_bytes: AtomicU64::new(0),
             zero_blocks: AtomicU64::new(0),
@@ -183,13 +189,19 @@ impl Lanes {
     ) -> Self {
         let moved = Arc::new(Notify::new());
         let buffers: Arc<FrameBuffers> = Arc::default();
-        let start = |sender: LaneSender| {
+        let workers = workers();
+        let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
+        let mut start_one = |sender: LaneSender| {
+            let budget = budgets
+                .entry(sender.connection_id())
+                .or_insert_with(|| SendBudget::new(workers));
             let (queue, jobs) = mpsc::channel(QUEUE);
             let pending = Arc::new(AtomicUsize::new(0));
             let worker = Worker {
                 lane: sender.lane(),
                 sender,
                 encoder: Encoder::with_buffers(buffers.clone()),
+                budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
                 pending: pending.clone(),
@@ -202,7 +214,7 @@ impl Lanes {
                 task,
             }
         };
-        let handles = senders.into_iter().map(start).collect();
+        let handles = senders.into_iter().map(&mut start_one).collect();
         Self { handles, moved }
     }
 
@@ -256,6 +268,7 @@ struct Worker {
     lane: Lane,
     sender: LaneSender,
     encoder: Encoder,
+    budget: Arc<SendBudget>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
     pending: Arc<AtomicUsize>,
@@ -286,6 +299,10 @@ impl Worker {
         let LaneJob { frame, len, reader } = job;
         let wanted = frame.blocks.minus(&frame.known_zero);
         let bytes = len.bytes_of(frame.window, &wanted) as usize;
+        let (reserved, mut waited) = self
+            .budget
+            .reserve(bytes as u64, self.sender.window())
+            .await;
         let room = self.encoder.room(bytes);
         if bytes > 0 {
             let runs = len.runs(frame.window, &wanted);
@@ -319,9 +336,10 @@ impl Worker {
         let header = encoded.header(frame.seq);
         let began = Instant::now();
         self.sender
-            .send_paced(&header, encoded.payload, &self.pacer)
+            .send_paced(&header, reserved.send(encoded.payload), &self.pacer)
             .await?;
-        let waited = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        waited += began.elapsed();
+        let waited = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
         self.counters.waited_ns.fetch_add(waited, Ordering::Relaxed);
         Ok(())
     }

@@ -226,6 +226,10 @@ impl Encoder {
             Some(packed) => (Encoding::Zstd, packed),
             None => (Encoding::Raw, self.payload()),
         };
+        // Back to the others at once: the next frame of any worker finds it in the cache.
+        if self.raw.capacity() > 0 {
+            drop(self.buffers.lend(std::mem::take(&mut self.raw)));
+        }
         Ok(Encoded {
             window: blocks.window,
             present: blocks.read.or(&blocks.known_zero),

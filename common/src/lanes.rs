@@ -160,6 +160,18 @@ impl LaneSender {
         self.lane
     }
 
+    /// The connection, by a number of its own in this process.
+    #[must_use]
+    pub fn connection_id(&self) -> usize {
+        self.connection.stable_id()
+    }
+
+    /// Congestion window of the connection, in bytes.
+    #[must_use]
+    pub fn window(&self) -> u64 {
+        self.connection.stats().path.cwnd
+    }
+
     /// Sends a frame. Waits while the stream's or connection's window is full. **Not** cancel safe: after a
     /// dropped call the lane is of no use any more.
     pub async fn send(&mut self, header: &FrameHeader, payload: Bytes) -> Result<(), LaneError> {

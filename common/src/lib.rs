@@ -4,6 +4,7 @@
 //! the journal and state folder, hooks, the local control socket, logging, units and pacing. It does not
 //! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
+pub mod budget;
 pub mod buffers;
 pub mod causes;
 pub mod codec;

@@ -1,0 +1,235 @@
+//! How much of the guest is held in memory on its way to the transport.
+//!
+//! Owns one count per connection: bytes that are being read and encoded, and bytes that were handed over and are not yet
+//! acknowledged. The bound follows the congestion window: what is read further ahead than the path can carry only grows stale, waits
+//! before what is more urgent, and hides from the choice of compression what it did. Invariant: nothing is counted twice,
+//! and a dropped payload is counted no more.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
+
+/// Windows held: one under way and one ready behind it, so that the path never waits for a reader.
+const WINDOWS: u64 = 2;
+/// Frames held for each worker whatever the window: one at work and one ready.
+const FRAMES_PER_WORKER: u64 = 2;
+/// Frames held besides: one with the transport and one acknowledged but not yet dropped.
+const FRAMES: u64 = 2;
+
+/// The count of one connection.
+#[derive(Debug)]
+pub struct SendBudget {
+    least: u64,
+    held: Mutex<Held>,
+    freed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    preparing: u64,
+    sent: u64,
+}
+
+/// Room for a frame that is being read and encoded. Dropping it gives the room back.
+#[derive(Debug)]
+pub struct Reserved {
+    budget: Arc<SendBudget>,
+    bytes: u64,
+    sent: bool,
+}
+
+/// A payload that gives its room back when the transport has let it go.
+struct Sent {
+    payload: Bytes,
+    _room: Reserved,
+}
+
+impl AsRef<[u8]> for Sent {
+    fn as_ref(&self) -> &[u8] {
+        &self.payload
+    }
+}
+
+impl SendBudget {
+    /// For `workers` threads that read and encode at once.
+    #[must_use]
+    pub fn new(workers: usize) -> Arc<Self> {
+        let frames = FRAMES + FRAMES_PER_WORKER * workers as u64;
+        Arc::new(Self {
+            least: frames * u64::from(MAX_FRAME_PAYLOAD),
+            held: Mutex::default(),
+            freed: Notify::new(),
+        })
+    }
+
+    /// Waits for room for `bytes`, of which there is always some where nothing is held; `window` is the connection's congestion
+    /// window. Also says how long the link was what it waited for. Cancel safe.
+    pub async fn reserve(self: &Arc<Self>, bytes: u64, window: u64) -> (Reserved, Duration) {
+        let most = self.least.max(window.saturating_mul(WINDOWS));
+        let mut waiting: Option<(Instant, bool)> = None;
+        loop {
+            let (admitted, link) = self.admit(bytes, most);
+            if admitted {
+                break;
+            }
+            let _ = waiting.get_or_insert_with(|| (Instant::now(), link));
+            self.freed.notified().await;
+        }
+        let waited = match waiting {
+            Some((began, true)) => began.elapsed(),
+            Some((_, false)) | None => Duration::ZERO,
+        };
+        // The next in the queue may fit too.
+        self.freed.notify_one();
+        let room = Reserved {
+            budget: self.clone(),
+            bytes,
+            sent: false,
+        };
+        (room, waited)
+    }
+
+    /// Counts `bytes` if they fit, and whether most of what is held waits for the link.
+    fn admit(&self, bytes: u64, most: u64) -> (bool, bool) {
+        let mut held = self.held();
+        let all = held.preparing + held.sent;
+        let admitted = bytes == 0 || all == 0 || all + bytes <= most;
+        if admitted {
+            held.preparing += bytes;
+        }
+        (admitted, held.sent > held.preparing)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Reserved {
+    /// Ties the room to `payload`, which is what was made of the frame: counted by its length until the last copy of it is dropped.
+    #[must_use]
+    pub fn send(mut self, payload: Bytes) -> Bytes {
+        let len = payload.len() as u64;
+        {
+            let mut held = self.budget.held();
+            held.preparing -= self.bytes;
+            held.sent += len;
+        }
+        let shorter = len < self.bytes;
+        self.bytes = len;
+        self.sent = true;
+        if shorter {
+            self.budget.freed.notify_one();
+        }
+        if payload.is_empty() {
+            return payload;
+        }
+        Bytes::from_owner(Sent {
+            payload,
+            _room: self,
+        })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        {
+            let mut held = self.budget.held();
+            if self.sent {
+                held.sent -= self.bytes;
+            } else {
+                held.preparing -= self.bytes;
+            }
+        }
+        self.budget.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAME: u64 = MAX_FRAME_PAYLOAD as u64;
+
+    async fn fits(budget: &Arc<SendBudget>, bytes: u64, window: u64) -> Option<Reserved> {
+        let reserve = budget.reserve(bytes, window);
+        let answer = tokio::time::timeout(Duration::from_millis(20), reserve).await;
+        answer.ok().map(|(room, _)| room)
+    }
+
+    async fn fill(budget: &Arc<SendBudget>, window: u64) -> Vec<Reserved> {
+        let mut held = Vec::new();
+        while let Some(room) = fits(budget, FRAME, window).await {
+            held.push(room);
+        }
+        held
+    }
+
+    #[tokio::test]
+    async fn two_windows_are_held_and_never_less_than_the_workers_need() {
+        let budget = SendBudget::new(3);
+        assert_eq!(fill(&budget, 0).await.len(), 8);
+        assert_eq!(fill(&budget, 10 * FRAME).await.len(), 20);
+        assert_eq!(budget.pair(), (0, 0), "all given back");
+    }
+
+    #[tokio::test]
+    async fn a_payload_is_counted_by_its_length_until_its_last_copy_is_dropped() {
+        let budget = SendBudget::new(1);
+        let mut held = fill(&budget, 0).await;
+        let payload = held.pop().unwrap().send(Bytes::from(vec![7; 1000]));
+        assert_eq!(budget.pair(), (3 * FRAME, 1000));
+        let copy = payload.slice(10..20);
+        drop(payload);
+        assert!(fits(&budget, FRAME, 0).await.is_none());
+        assert!(fits(&budget, FRAME - 1000, 0).await.is_some());
+        drop(copy);
+        assert!(fits(&budget, FRAME, 0).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn zero_blocks_wait_for_nobody_and_nobody_for_ever() {
+        let budget = SendBudget::new(1);
+        let held = fill(&budget, 0).await;
+        assert!(fits(&budget, 0, 0).await.is_some());
+        drop(held);
+        let (large, _) = budget.reserve(100 * FRAME, 0).await;
+        assert!(fits(&budget, 1, 0).await.is_none());
+        assert!(large.send(Bytes::new()).is_empty());
+        assert!(fits(&budget, FRAME, 0).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn the_link_was_waited_for_where_it_holds_most() {
+        let budget = SendBudget::new(1);
+        let mut held = fill(&budget, 0).await;
+        let waiter = |budget: &Arc<SendBudget>| {
+            let budget = budget.clone();
+            tokio::spawn(async move { budget.reserve(FRAME, 0).await.1 })
+        };
+        let encoders = waiter(&budget);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        drop(held.pop());
+        assert_eq!(encoders.await.unwrap(), Duration::ZERO);
+        let bytes = Bytes::from(vec![7; MAX_FRAME_PAYLOAD as usize]);
+        let mut sent: Vec<Bytes> = Vec::new();
+        for room in held {
+            sent.push(room.send(bytes.clone()));
+        }
+        sent.push(fits(&budget, FRAME, 0).await.unwrap().send(bytes));
+        let link = waiter(&budget);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        drop(sent);
+        assert!(link.await.unwrap() >= Duration::from_millis(10));
+    }
+
+    impl SendBudget {
+        fn pair(&self) -> (u64, u64) {
+            let held = self.held();
+            (held.preparing, held.sent)
+        }
+    }
+}
