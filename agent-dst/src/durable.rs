@@ -15,13 +15,14 @@ use vmferry_common::journal::{JournalReadError, RecordFile};
 use vmferry_common::state::new_incarnation;
 use vmferry_memtrack::SharedWords;
 use vmferry_proto::geometry::{RegionBits, WindowBits, WindowIndex};
+use vmferry_proto::handover::ProcessRecord;
 use vmferry_proto::ids::{FrameSeq, Incarnation, Lane, MigrationId, RegionId, SessionNumber};
 use vmferry_proto::limits::MAX_LANES;
 use vmferry_proto::message::{LaneProgress, ResumePoint};
 use vmferry_proto::spec::{GuestSpec, RegionSpec};
 
 /// Layout version of both files.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// What the applied file begins with.
 const MAGIC: u64 = u64::from_le_bytes(*b"vmfAppl1");
 const MAGIC_AT: usize = 0;
@@ -41,6 +42,8 @@ pub(crate) struct CopyRecord {
     pub(crate) migration: MigrationId,
     pub(crate) spec: GuestSpec,
     pub(crate) incarnations: Vec<Incarnation>,
+    /// The process that holds it. Another one may be at work by now, with the same disks and an empty memory.
+    pub(crate) process: Option<ProcessRecord>,
     /// The applied file that belongs to it.
     applied: [u8; 16],
 }
@@ -109,17 +112,20 @@ impl CopyFiles {
                 migration,
                 spec: spec.clone(),
                 incarnations: Vec::new(),
+                process: None,
                 applied: id,
             },
         })
     }
 
-    /// From here on a later agent goes on with the copy, whose regions are `incarnations` now.
+    /// From here on a later agent goes on with the copy in `process`, whose regions are `incarnations` now.
     pub(crate) fn put_in_force(
         &mut self,
         folder: &Path,
+        process: &ProcessRecord,
         incarnations: &[Incarnation],
     ) -> io::Result<()> {
+        self.record.process = Some(process.clone());
         self.record.incarnations = incarnations.to_vec();
         let written = record_file(folder).write(&self.record);
         written.map_err(io::Error::other)

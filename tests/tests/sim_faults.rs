@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use vmferry_tests::harness::doubt::{answer_held_back, commit_into_the_void, kill};
-use vmferry_tests::harness::process::{Finished, Running, descriptors};
+use vmferry_tests::harness::process::{Finished, Running, descriptors, with_words};
 use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::{soon, wait_for_bytes};
 use vmferry_tests::harness::{Host, Proxy, SimSpec, Stage};
@@ -110,6 +110,72 @@ fn a_destination_agent_that_is_killed_in_the_copy_and_comes_back_is_gone_on_with
         stage.expect_moves(&guest, &PATIENT);
     }
     stage.expect_moved(&guest);
+}
+
+/// Where the next record of beta's agent is written before it is renamed.
+fn next_record(stage: &Stage) -> std::path::PathBuf {
+    stage.beta.path("state/guests/web.destination.new")
+}
+
+/// Puts something in the way of that record once the agent has been offered the guest: the next one names what it launches.
+fn obstruct(stage: &Stage, with: &str) -> std::path::PathBuf {
+    let body = format!("{with} '{}'", next_record(stage).display());
+    stage.beta.hook("prepare", &body).unwrap()
+}
+
+#[test]
+fn a_destination_agent_that_is_killed_before_the_journal_names_its_launch_leaves_nothing() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(SimSpec::quiet("web"));
+    // A write into a pipe that nobody reads from does not return.
+    let hook = obstruct(&stage, "mkfifo");
+    let running = stage.begin(&guest, &PATIENT);
+    let words = stage.beta.path("web.sock").display().to_string();
+    let mut launched = Vec::new();
+    let staged = soon(|| {
+        launched = with_words(&words);
+        !launched.is_empty()
+    });
+    assert!(staged, "nothing was launched\n{}", stage.agent_log());
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(with_words(&words), launched);
+    let program = std::fs::read(format!("/proc/{}/cmdline", launched[0])).unwrap();
+    assert!(program.starts_with(b"/bin/sh\0"), "it began");
+    let port = stage.agent.port;
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    assert!(soon(|| with_words(&words).is_empty()), "{launched:?} lives");
+    std::fs::remove_file(hook).unwrap();
+    std::fs::remove_file(next_record(&stage)).unwrap();
+    stage.agent = stage.beta.serve_at(port, &[]).unwrap();
+    // Nothing was promised yet, so the source gives up; the next migration has the name and the folder to itself.
+    let done = running.wait(END).unwrap();
+    stage.expect_code(&done, 1);
+    guest.verify_on(&stage.alpha).unwrap();
+    stage.expect_moves(&guest, &PATIENT);
+}
+
+#[test]
+fn what_the_journal_cannot_name_is_not_launched() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(SimSpec::quiet("web"));
+    let hook = obstruct(&stage, "mkdir");
+    let done = stage.migrate(&guest, &PATIENT);
+    println!("{}", done.stderr);
+    stage.expect_code(&done, 1);
+    let report = done.json().unwrap();
+    assert_eq!(report["error"]["code"], "journal", "{report}");
+    let record = stage.beta.path("state/guests/web.destination");
+    let named = done.stderr.contains(record.to_str().unwrap());
+    assert!(named, "{}", done.stderr);
+    assert_eq!(report["guest_now"], "runs-at-source");
+    let words = stage.beta.path("web.sock").display().to_string();
+    assert!(soon(|| with_words(&words).is_empty()));
+    std::fs::remove_file(hook).unwrap();
+    std::fs::remove_dir(next_record(&stage)).unwrap();
+    stage.expect_stayed(&guest);
+    let log = stage.agent_log();
+    assert!(log.contains("ended before it began"), "{log}");
+    stage.expect_moves(&guest, &PATIENT);
 }
 
 #[test]

@@ -313,6 +313,7 @@ impl Migration {
             config: self.config.clone(),
             options: TargetOptions {
                 run_dir: self.folder(),
+                journal: self.namer.clone(),
             },
             hooks: self.hooks.clone(),
             spec: self.spec.clone(),

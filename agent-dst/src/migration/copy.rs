@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::handover::DestinationEvent;
+use vmferry_proto::handover::{DestinationEvent, ProcessRecord};
 use vmferry_proto::ids::Incarnation;
 use vmferry_proto::spec::GuestSpec;
 
@@ -50,7 +50,7 @@ impl Migration {
         &mut self,
         guest: Guest,
         kept: Option<Box<Kept>>,
-    ) -> Result<vmferry_proto::handover::ProcessRecord, WireError> {
+    ) -> Result<ProcessRecord, WireError> {
         let internal = |what: &str| WireError::new(ErrorCode::Internal, what);
         let guest = guest.ok_or_else(|| internal("no copy was made"))?;
         let spec = self
@@ -68,11 +68,11 @@ impl Migration {
             None => Arc::new(self.coverage(&spec, &incarnations, kept)),
         };
         coverage.renew(&incarnations);
-        self.note_copy(&incarnations);
+        let process = guest.process().into();
+        self.note_copy(&process, &incarnations);
         let sink = Sink::new(spec, &*guest, coverage.clone());
         let sink =
             sink.map_err(|error| crate::error::guest_to_wire(&error, "the copy is not usable"))?;
-        let process = guest.process();
         self.copy = Some(Copied {
             sink: Arc::new(sink),
             coverage,
@@ -82,7 +82,7 @@ impl Migration {
             life_told: false,
             guest: Some(guest),
         });
-        Ok(process.into())
+        Ok(process)
     }
 
     /// What was received of a copy that is new to this agent: what one before it noted, else nothing.
@@ -119,10 +119,10 @@ impl Migration {
     }
 
     /// Writes down which copy the notes are of, behind their own change: what a new copy has not got is not noted any more.
-    fn note_copy(&mut self, incarnations: &[Incarnation]) {
+    fn note_copy(&mut self, process: &ProcessRecord, incarnations: &[Incarnation]) {
         let folder = self.folder();
         if let Some(files) = &mut self.files
-            && let Err(error) = files.put_in_force(&folder, incarnations)
+            && let Err(error) = files.put_in_force(&folder, process, incarnations)
         {
             self.copy_not_noted(&error);
         }

@@ -30,6 +30,7 @@ impl Migration {
             Event::Session(event) => self.on_session(event).await,
             Event::Received(received) => self.on_received(received).await,
             Event::JobDone(done) => self.on_job_done(done).await,
+            Event::Launched(launched) => self.on_launched(launched).await,
             Event::CopyGone(reason) => self.on_copy_gone(reason).await,
             Event::KeepOver => self.on_keep_over().await,
             Event::Retry => {

@@ -151,7 +151,10 @@ async fn make_copy(
         .as_deref()
         .ok_or_else(|| missing("description of the guest"))?;
     let left = what_was_left(tools, spec);
-    if let Some(files) = left.as_ref()
+    // Notes of an earlier process say nothing of this one's memory.
+    if let Some(files) = left
+        .as_ref()
+        .filter(|files| files.record.process == tools.leftover)
         && let Some(found) = reopen_to_fill(tools, spec, files).await
     {
         *guest = Some(found);

@@ -9,6 +9,7 @@ mod actions;
 mod copy;
 mod events;
 mod jobs;
+mod launched;
 
 pub(crate) use actions::AGENT;
 
@@ -38,6 +39,7 @@ use crate::session::{Opening, Session, SessionEvent};
 use crate::sink::Sink;
 use crate::status::Tracker;
 use jobs::{Job, JobDone, Then};
+use launched::{Launched, Namer};
 
 /// After this time something that failed here (a record, a start, a discard) is tried again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -110,6 +112,9 @@ struct Migration {
     /// Done one after the other: each may need the guest.
     jobs: VecDeque<Job>,
     job: Option<Doing<JobDone>>,
+    /// Given to the work, which launches processes.
+    namer: Arc<Namer>,
+    launches: mpsc::Receiver<Launched>,
     /// What follows the hook that is being asked, if that is what the job does.
     asking: Option<Then>,
     /// The migration was cancelled or given up: no attempt is opened any more.
@@ -152,6 +157,7 @@ enum Event {
     Session(SessionEvent),
     Received(Result<Received, ReceiptError>),
     JobDone(JobDone),
+    Launched(Launched),
     CopyGone(WireError),
     KeepOver,
     Retry,
@@ -176,6 +182,7 @@ pub(crate) fn spawn(
 impl Migration {
     fn new(parts: Parts, requests: mpsc::Receiver<Request>) -> Self {
         let keep_until = Some(Instant::now() + parts.host.keep);
+        let (namer, launches) = Namer::new();
         Self {
             host: parts.host,
             config: parts.config,
@@ -196,6 +203,8 @@ impl Migration {
             received: None,
             jobs: VecDeque::new(),
             job: None,
+            namer,
+            launches,
             asking: None,
             ending: false,
             commit_began: None,
@@ -257,6 +266,7 @@ impl Migration {
         tokio::select! {
             biased;
             done = poll(&mut self.job) => Event::JobDone(done),
+            Some(launched) = self.launches.recv() => Event::Launched(launched),
             request = self.requests.recv(), if may_hear => Event::Request(request),
             received = poll(&mut self.receiving) => Event::Received(received),
             // While something is done with the copy, that tells of its end; and some of it ends the copy on purpose.

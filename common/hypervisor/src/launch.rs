@@ -1,180 +1,170 @@
-//! Hypervisor processes that outlive the agent: started, watched, ended.
+//! The launch of hypervisors, which outlive the agent, such that none is ever forgotten.
 //!
-//! Owns the launch (own session, own cgroup where the host lets us, output to a file), the watch by pidfd and
-//! the end by pidfd: nothing is signalled by pid alone. Does not own what is launched: the argument list comes from the
-//! host's own guest file. An agent that ends leaves its hypervisors running.
+//! Owns the launch: own session, own cgroup where the host lets us, output to a file, and the *stage*. What is launched first waits
+//! on a pipe from the agent and becomes its program only when it is let go, which takes the proof ([`Recorded`]) that the journal
+//! names it. An agent that dies before that closes the pipe with its death, and the process ends by itself without having been
+//! anything. Does not own what is launched: the argument list comes from the host's own guest file.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::{ChildStdin, Command, Stdio};
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
-use tokio::sync::watch;
-use vmferry_common::process::{ProcessError, ProcessIdentity};
+use async_trait::async_trait;
+use rustix::fs::Access;
+use rustix::io::Errno;
+use vmferry_common::process::ProcessIdentity;
 
 use crate::error::GuestError;
+use crate::watched::{Watched, io_error};
 
-/// How much of a hypervisor's output is shown in an error.
-const TAIL: u64 = 2000;
-/// How long a killed process may take to end.
-const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// What a process does on its stage: it waits for a line, and becomes the program that its arguments name. The pid, the start time, the
+/// session and the cgroup stay; the pipe does not. Without the line, which is how the agent's death looks, it ends.
+const STAGE: &str = "read -r go && exec \"$@\" </dev/null";
+/// The stage's name in what its shell says, should the program not be one after all.
+const STAGE_NAME: &str = "vmferry-launch";
+/// Where programs are looked for if the environment does not say: as `sh` does.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A process that is watched by its pidfd, launched here or found running.
-#[derive(Debug)]
-pub struct Watched {
-    identity: ProcessIdentity,
-    pidfd: AsyncFd<OwnedFd>,
-    launched: Option<Launched>,
+/// Who writes down in the journal which processes are this host's.
+#[async_trait]
+pub trait LaunchJournal: Send + Sync + fmt::Debug {
+    /// Makes it durable that `process` holds the guest's copy from here on.
+    async fn record(&self, process: &ProcessIdentity) -> Result<Recorded, GuestError>;
 }
 
-/// What is known of a process only by the one that launched it.
+/// Proof that a process is named durably in the journal.
 #[derive(Debug)]
-struct Launched {
-    log: PathBuf,
-    status: watch::Receiver<Option<ExitStatus>>,
+pub struct Recorded(ProcessIdentity);
+
+impl Recorded {
+    /// Only the keeper of the journal calls this, behind a record that is durable.
+    #[must_use]
+    pub const fn durably(process: ProcessIdentity) -> Self {
+        Self(process)
+    }
 }
 
 /// Starts `argv` with its output appended to the file `log`, in a session and, where possible, a cgroup of its own, so that
-/// neither Ctrl-C nor a service manager that stops the agent ends it. Needs a tokio runtime.
-pub fn launch(argv: &[String], log: &Path) -> Result<Watched, GuestError> {
-    let (program, arguments) = argv.split_first().ok_or_else(|| {
-        GuestError::Config("launch: the command is empty; name the program first".to_owned())
-    })?;
-    let open_log = || OpenOptions::new().create(true).append(true).open(log);
-    let (out, err) = open_log()
-        .and_then(|out| Ok((out.try_clone()?, out)))
-        .map_err(|source| io_error(format!("cannot write the log {}", log.display()), source))?;
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(out)
-        .stderr(err);
-    let child = vmferry_memtrack::process::in_new_session(&mut command)
-        .spawn()
-        .map_err(|source| io_error(format!("cannot start {program}"), source))?;
-    let pid = child.id();
-    leave_cgroup(pid);
-    // Before anybody waits for it: until then even a child that ended at once keeps its pid.
-    let opened = identify(pid).and_then(|identity| Ok((identity, open_pidfd(pid)?)));
-    let status = reap(child);
-    let (identity, pidfd) = opened?;
-    Ok(Watched {
-        identity,
-        pidfd,
-        launched: Some(Launched {
-            log: log.to_owned(),
-            status,
-        }),
-    })
+/// neither Ctrl-C nor a service manager that stops the agent ends it. It begins only once `journal` has its name; where that fails, or
+/// this is dropped before, nothing of it is left. Needs a tokio runtime.
+pub async fn launch(
+    argv: &[String],
+    log: &Path,
+    journal: &dyn LaunchJournal,
+) -> Result<Watched, GuestError> {
+    let staged = Staged::start(argv, log)?;
+    match journal.record(staged.identity()).await {
+        Ok(recorded) => staged.let_go(&recorded),
+        Err(error) => {
+            staged.end().await;
+            Err(error)
+        }
+    }
 }
 
-impl Watched {
-    /// Watches the process `identity`, which runs already. [`GuestError::Gone`] if it does not, or its pid is another's now.
-    pub fn find(identity: ProcessIdentity) -> Result<Self, GuestError> {
-        let pidfd = open_pidfd(identity.pid)?;
-        // Compared after the pidfd is open: from here on the pid cannot come to mean another process.
-        if identify(identity.pid)? != identity {
-            return Err(GuestError::Gone(format!("process {}", identity.pid)));
-        }
+/// A launched process that waits to be let go. Dropped, it ends by itself.
+#[derive(Debug)]
+#[must_use = "dropped, it ends without having begun"]
+pub struct Staged {
+    program: String,
+    process: Watched,
+    gate: ChildStdin,
+}
+
+impl Staged {
+    /// Launches `argv` as far as its stage.
+    pub fn start(argv: &[String], log: &Path) -> Result<Self, GuestError> {
+        let program = argv.first().ok_or_else(|| {
+            GuestError::Config("launch: the command is empty; name the program first".to_owned())
+        })?;
+        let cannot_start = |source| io_error(format!("cannot start {program}"), source);
+        // The shell on the stage would say so only in the log, and only when it is let go.
+        check_program(program).map_err(cannot_start)?;
+        let (out, err) = open_log(log).map_err(|source| {
+            io_error(format!("cannot write the log {}", log.display()), source)
+        })?;
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", STAGE, STAGE_NAME])
+            .args(argv)
+            .stdin(Stdio::piped())
+            .stdout(out)
+            .stderr(err);
+        let mut child = vmferry_memtrack::process::in_new_session(&mut command)
+            .spawn()
+            .map_err(cannot_start)?;
+        leave_cgroup(child.id());
+        let gate = child.stdin.take();
+        let process = Watched::launched(child, log)?;
+        let gate = gate.ok_or_else(|| cannot_start(io::ErrorKind::BrokenPipe.into()))?;
         Ok(Self {
-            identity,
-            pidfd,
-            launched: None,
+            program: program.clone(),
+            process,
+            gate,
         })
     }
 
-    /// The process.
+    /// The process, which stays the same when it is let go.
     #[must_use]
     pub const fn identity(&self) -> &ProcessIdentity {
-        &self.identity
+        self.process.identity()
     }
 
-    /// Returns when the process has ended, with what is known of how. Cancel safe.
-    pub async fn ended(&self) -> String {
-        // An error of the reactor means that the runtime ends; then nobody waits for the answer.
-        let _ = self.pidfd.readable().await;
-        let Some(launched) = &self.launched else {
-            return format!("process {} has ended", self.identity.pid);
-        };
-        let mut status = launched.status.clone();
-        let how = match status.wait_for(Option::is_some).await.as_deref() {
-            Ok(Some(status)) => status.to_string(),
-            Ok(None) | Err(_) => "its exit status is not known".to_owned(),
-        };
-        let tail = tail_of(&launched.log);
-        let said = if tail.is_empty() {
-            format!("it printed nothing to {}", launched.log.display())
-        } else {
-            format!("its last output: {tail}")
-        };
-        format!("process {} has ended ({how}); {said}", self.identity.pid)
-    }
-
-    /// Kills the process and waits for its end. Fine if it has ended already.
-    pub async fn kill(&self) -> Result<(), GuestError> {
-        match pidfd_send_signal(self.pidfd.get_ref().as_fd(), Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(errno) => {
-                let what = format!("cannot end process {}", self.identity.pid);
-                return Err(io_error(what, errno.into()));
-            }
+    /// Lets it become its program.
+    pub fn let_go(mut self, recorded: &Recorded) -> Result<Watched, GuestError> {
+        if recorded.0 != *self.identity() {
+            return Err(GuestError::Refused {
+                command: format!("launch of {}", self.program),
+                answer: format!("the journal names another process than {}", self.identity()),
+            });
         }
-        tokio::time::timeout(KILL_LIMIT, self.pidfd.readable())
-            .await
-            .map_err(|_| GuestError::TimedOut {
-                command: format!("SIGKILL of process {}", self.identity.pid),
-                seconds: KILL_LIMIT.as_secs(),
-            })?
-            .map(drop)
-            .map_err(|source| io_error("cannot watch a process".to_owned(), source))
+        self.gate
+            .write_all(b"go\n")
+            .map_err(|source| io_error(format!("cannot start {}", self.program), source))?;
+        Ok(self.process)
+    }
+
+    /// Ends it where it is.
+    async fn end(self) {
+        drop(self.gate);
+        if let Err(error) = self.process.kill().await {
+            tracing::warn!(program = %self.program, %error, "what was to be launched is left, and ends by itself");
+        }
     }
 }
 
-fn open_pidfd(pid: u32) -> Result<AsyncFd<OwnedFd>, GuestError> {
-    let gone = || GuestError::Gone(format!("process {pid}"));
-    let failed = |source| io_error(format!("cannot watch process {pid}"), source);
-    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pidfd = pidfd_open(raw.ok_or_else(gone)?, PidfdFlags::NONBLOCK).map_err(|errno| {
-        if errno == rustix::io::Errno::SRCH {
-            gone()
-        } else {
-            failed(errno.into())
-        }
-    })?;
-    #[expect(
-        deprecated,
-        reason = "the safe constructor is deprecated for descriptor types that may change their descriptor; OwnedFd does not, and this crate has no unsafe"
-    )]
-    AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(failed)
+fn open_log(log: &Path) -> io::Result<(File, File)> {
+    let out = OpenOptions::new().create(true).append(true).open(log)?;
+    Ok((out.try_clone()?, out))
 }
 
-/// The identity of the process that has `pid` now.
-pub fn identify(pid: u32) -> Result<ProcessIdentity, GuestError> {
-    ProcessIdentity::of(pid).map_err(|error| match error {
-        ProcessError::Gone { pid } => GuestError::Gone(format!("process {pid}")),
-        other @ (ProcessError::Proc { .. } | ProcessError::Format { .. }) => GuestError::Io {
-            what: format!("cannot identify process {pid}"),
-            source: io::Error::other(other),
-        },
-    })
+/// Fails as the start of `program` would: it is not there, or nothing that can be executed.
+fn check_program(program: &str) -> io::Result<()> {
+    if program.is_empty() || program.contains('/') {
+        return check_file(Path::new(program)).map_err(io::Error::from);
+    }
+    let path = std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into());
+    let mut worst = Errno::NOENT;
+    for folder in path.as_bytes().split(|byte| *byte == b':') {
+        let folder = Path::new(std::ffi::OsStr::from_bytes(folder));
+        match check_file(&folder.join(program)) {
+            Ok(()) => return Ok(()),
+            Err(Errno::ACCESS) => worst = Errno::ACCESS,
+            Err(_) => {}
+        }
+    }
+    Err(worst.into())
 }
 
-/// Waits for the child on a thread of its own, so that it never stays a zombie.
-fn reap(mut child: Child) -> watch::Receiver<Option<ExitStatus>> {
-    let (sender, receiver) = watch::channel(None);
-    std::thread::spawn(move || {
-        if let Ok(status) = child.wait() {
-            // Nobody may be listening any more.
-            let _ = sender.send(Some(status));
-        }
-    });
-    receiver
+fn check_file(path: &Path) -> Result<(), Errno> {
+    rustix::fs::access(path, Access::EXEC_OK)?;
+    if path.is_dir() {
+        return Err(Errno::ACCESS);
+    }
+    Ok(())
 }
 
 /// Moves `pid` out of this agent's cgroup: a service manager that stops the agent's would end the guest with it.
@@ -210,19 +200,152 @@ fn make_folder(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The end of a log, in one line.
-fn tail_of(log: &Path) -> String {
-    let read = || {
-        let mut file = fs::File::open(log)?;
-        let len = file.metadata()?.len();
-        file.seek(SeekFrom::Start(len.saturating_sub(TAIL)))?;
-        let mut bytes = Vec::new();
-        file.take(TAIL).read_to_end(&mut bytes)?;
-        io::Result::Ok(String::from_utf8_lossy(&bytes).trim().replace('\n', " | "))
-    };
-    read().unwrap_or_default()
-}
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::time::Duration;
 
-fn io_error(what: String, source: io::Error) -> GuestError {
-    GuestError::Io { what, source }
+    use super::*;
+
+    /// Writes nothing down.
+    #[derive(Debug)]
+    enum Journal {
+        Says,
+        NamesAnother,
+        Fails,
+    }
+
+    #[async_trait]
+    impl LaunchJournal for Journal {
+        async fn record(&self, process: &ProcessIdentity) -> Result<Recorded, GuestError> {
+            match self {
+                Self::Says => Ok(Recorded::durably(process.clone())),
+                Self::NamesAnother => Ok(Recorded::durably(ProcessIdentity {
+                    start_ticks: process.start_ticks + 1,
+                    ..process.clone()
+                })),
+                Self::Fails => Err(GuestError::NoSpace("the disk is full".to_owned())),
+            }
+        }
+    }
+
+    struct Place(tempfile::TempDir);
+
+    impl Place {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn log(&self) -> PathBuf {
+            self.0.path().join("log")
+        }
+
+        fn said(&self) -> String {
+            fs::read_to_string(self.log()).unwrap_or_default()
+        }
+    }
+
+    fn shell(body: &str) -> Vec<String> {
+        ["sh", "-c", body, "sh", "two words", "*"]
+            .map(str::to_owned)
+            .into()
+    }
+
+    async fn gone(process: &ProcessIdentity) {
+        for _ in 0..1000 {
+            if !process.is_alive().unwrap() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{process} lives");
+    }
+
+    #[tokio::test]
+    async fn what_is_let_go_is_the_process_that_was_recorded() {
+        let place = Place::new();
+        let body = "echo $$ $(cut -d' ' -f6 /proc/$$/stat) \"$1\" \"$2\"; read x || echo nothing; exec sleep 60";
+        let staged = Staged::start(&shell(body), &place.log()).unwrap();
+        let identity = staged.identity().clone();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(place.said(), "", "it began on its stage");
+        let process = staged.let_go(&Recorded::durably(identity.clone())).unwrap();
+        // Its own session, its words as they were given, nothing on its standard input.
+        let pid = identity.pid;
+        let wanted = format!("{pid} {pid} two words *\nnothing\n");
+        for _ in 0..1000 {
+            if place.said() == wanted {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(place.said(), wanted);
+        assert_eq!(ProcessIdentity::of(pid).unwrap(), identity);
+        process.kill().await.unwrap();
+        gone(&identity).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_not_let_go_ends_by_itself() {
+        let place = Place::new();
+        let staged = Staged::start(&shell("echo ran"), &place.log()).unwrap();
+        let identity = staged.identity().clone();
+        assert!(identity.is_alive().unwrap());
+        drop(staged);
+        gone(&identity).await;
+        assert_eq!(place.said(), "");
+    }
+
+    #[tokio::test]
+    async fn what_the_journal_does_not_name_never_begins() {
+        let place = Place::new();
+        for (journal, words) in [
+            (Journal::Fails, "the disk is full"),
+            (Journal::NamesAnother, "the journal names another process"),
+        ] {
+            let launched = launch(&shell("echo ran"), &place.log(), &journal).await;
+            let error = launched.unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(place.said(), "");
+    }
+
+    #[tokio::test]
+    async fn a_program_that_cannot_be_executed_is_named_before_anything_is_recorded() {
+        let place = Place::new();
+        let plain = place.0.path().join("plain");
+        fs::write(&plain, "").unwrap();
+        for (program, kind) in [
+            ("vmferry-no-such-program", io::ErrorKind::NotFound),
+            ("/no/such/program", io::ErrorKind::NotFound),
+            ("", io::ErrorKind::NotFound),
+            (plain.to_str().unwrap(), io::ErrorKind::PermissionDenied),
+            ("/", io::ErrorKind::PermissionDenied),
+        ] {
+            let error = launch(&[program.to_owned()], &place.log(), &Journal::Fails).await;
+            let GuestError::Io { what, source } = error.unwrap_err() else {
+                panic!("{program}");
+            };
+            assert_eq!(what, format!("cannot start {program}"));
+            assert_eq!(source.kind(), kind, "{program}");
+        }
+        assert!(matches!(
+            launch(&[], &place.log(), &Journal::Fails).await,
+            Err(GuestError::Config(_))
+        ));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_turns_out_to_be_none_is_told_with_its_shells_words() {
+        let place = Place::new();
+        let script = place.0.path().join("script");
+        fs::write(&script, "#!/no/such/interpreter\n").unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(&script, mode).unwrap();
+        let program = script.display().to_string();
+        let launched = launch(std::slice::from_ref(&program), &place.log(), &Journal::Says).await;
+        let how = launched.unwrap().ended().await;
+        assert!(how.contains(STAGE_NAME) && how.contains(&program), "{how}");
+    }
 }

@@ -15,6 +15,7 @@ pub mod open;
 pub mod qemu;
 pub mod sim;
 mod space;
+pub mod watched;
 
 pub use error::GuestError;
 pub use guest::{

@@ -21,8 +21,8 @@ use vmferry_proto::ids::RegionId;
 
 use crate::error::GuestError;
 use crate::guest::{RegionReader, RegionWriter, Settlement, Taken};
-use crate::launch;
 use crate::marks::{MarkLog, TrackingLeft};
+use crate::watched;
 
 /// Runs farther apart than this are asked for their holes one by one.
 const WIDEST_ASKED: u64 = 8 << 20;
@@ -69,7 +69,7 @@ impl ProcessMemory {
     pub fn attach(process: &ProcessIdentity, blocks: Vec<MemoryBlock>) -> Result<Self, GuestError> {
         let handle = ProcessHandle::open(process.pid).map_err(tracking)?;
         // Compared after the pidfd is open: from here on the pid cannot come to mean another process.
-        if launch::identify(process.pid)? != *process {
+        if watched::identify(process.pid)? != *process {
             return Err(GuestError::Gone(format!("process {}", process.pid)));
         }
         let ranges: Vec<MemoryRange> = blocks

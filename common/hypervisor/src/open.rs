@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use vmferry_common::process::ProcessIdentity;
@@ -13,15 +14,18 @@ use vmferry_proto::spec::GuestSpec;
 use crate::config::{DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{SourceGuest, TargetGuest};
-use crate::launch::Watched;
+use crate::launch::LaunchJournal;
 use crate::qemu::{QemuSource, QemuTarget};
 use crate::sim::{SimSource, SimTarget};
+use crate::watched::Watched;
 
 /// What a destination driver needs of its agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct TargetOptions {
     /// Folder for logs and private sockets of the guest; it exists.
     pub run_dir: PathBuf,
+    /// Where a launched process is named before it begins.
+    pub journal: Arc<dyn LaunchJournal>,
 }
 
 /// What becomes of the tracking that an earlier agent left in the hypervisor. Its exports and descriptors are of no use to

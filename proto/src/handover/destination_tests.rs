@@ -422,3 +422,28 @@ fn between_the_opened_attempt_and_the_start_lies_one_record() {
     assert!(started);
     assert_eq!(records, 1);
 }
+
+#[test]
+fn hand_12_a_launched_copy_is_named_durably_before_it_begins() {
+    let mut machine = at(vec![session(1), E::Recorded, E::Offered]);
+    let launched = feed(&mut machine, [E::CopyLaunched { process: process() }]);
+    assert!(recorded(&launched).is_some() && !machine.names(&process()));
+    let mut failing = machine.clone();
+    feed(&mut machine, [E::Recorded]);
+    assert!(machine.names(&process()));
+    // It is the process that was named, so nothing stands between it and `Ready`.
+    let made = feed(&mut machine, [E::CopyMade { process: process() }]);
+    assert_eq!(made, [A::Ready]);
+    for visible in [false, true] {
+        let mut failing = failing.clone();
+        let reason = why();
+        let failed = feed(&mut failing, [E::RecordFailed { visible, reason }]);
+        assert!(failed.contains(&A::Refuse(why())) && !failing.names(&process()));
+    }
+    feed(&mut failing, [E::Recorded]);
+    let late = E::CopyLaunched { process: process() };
+    assert!(
+        at(to_ready()).handle(late).is_err(),
+        "no copy is being made"
+    );
+}

@@ -89,6 +89,7 @@ fn destination_events() -> Vec<D> {
         },
         D::ConnectionLost,
         D::Offered,
+        D::CopyLaunched { process: process() },
         D::CopyMade { process: process() },
         D::MakeCopyFailed { reason: why() },
         D::CopyLost { reason: why() },

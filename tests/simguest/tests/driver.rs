@@ -10,9 +10,12 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
+use vmferry_common::process::ProcessIdentity;
 use vmferry_hypervisor::config::{SourceConfig, TargetConfig};
+use vmferry_hypervisor::launch::{LaunchJournal, Recorded};
 use vmferry_hypervisor::open::{TargetOptions, open_source, open_target};
 use vmferry_hypervisor::{GuestError, GuestLife, Settlement, SourceGuest, TargetGuest};
 use vmferry_proto::geometry::Run;
@@ -25,6 +28,17 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_vmferry-simguest");
 const START_LIMIT: Duration = Duration::from_secs(30);
 const RAM: RegionId = RegionId(0);
 const DISK: RegionId = RegionId(1);
+
+/// There is no agent here whose death could leave a process.
+#[derive(Debug)]
+struct Journal;
+
+#[async_trait::async_trait]
+impl LaunchJournal for Journal {
+    async fn record(&self, process: &ProcessIdentity) -> Result<Recorded, GuestError> {
+        Ok(Recorded::durably(process.clone()))
+    }
+}
 
 /// A folder with a source guest in it, ended with the test.
 struct Source {
@@ -78,6 +92,7 @@ impl Source {
     fn options(&self) -> TargetOptions {
         TargetOptions {
             run_dir: self.folder.path().to_owned(),
+            journal: Arc::new(Journal),
         }
     }
 }

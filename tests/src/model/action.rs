@@ -30,6 +30,8 @@ pub enum Mutation {
     StartsByItself,
     /// Questions go to, and answers are believed from, whichever register is there.
     BelieveOtherRegister,
+    /// A launched process becomes a hypervisor although the journal could not name it.
+    LetGoUnnamed,
     /// A newer migration's record forgets what became of the one before.
     ForgetsEarlier,
 }
@@ -207,7 +209,9 @@ impl HandoverModel {
             steps.push(Step::RestartDestination);
             return;
         }
-        if host.work.is_some() {
+        // The record that names a launched process is written before anything is done with that.
+        let unnamed = host.work == Some(Work::LetGo) && host.disk.writing.is_some();
+        if host.work.is_some() && !unnamed {
             steps.push(Step::DestinationWorkDone);
         }
         steps.push(Step::DestinationRetry);
@@ -237,7 +241,8 @@ impl HandoverModel {
                 Some(Work::Pause) => fault(Fault::PauseFails),
                 Some(Work::Stream(_)) => fault(Fault::StreamFails),
                 Some(Work::Release) => fault(Fault::ReleaseFails),
-                Some(Work::Check(_) | Work::Make | Work::Load | Work::Discard) | None => {}
+                Some(Work::Check(_) | Work::Make | Work::LetGo | Work::Load | Work::Discard)
+                | None => {}
             }
             if host.cont {
                 fault(Fault::ResumeFails);
@@ -282,7 +287,7 @@ impl HandoverModel {
         }
         if used.guest_failures < bounds.guest_failures {
             match host.work {
-                Some(Work::Make) => fault(Fault::MakeFails),
+                Some(Work::Make | Work::LetGo) => fault(Fault::MakeFails),
                 Some(Work::Load) => fault(Fault::LoadFails),
                 Some(Work::Discard) => fault(Fault::DiscardFails),
                 Some(Work::Pause | Work::Stream(_) | Work::Check(_) | Work::Release) | None => {}
@@ -369,7 +374,7 @@ impl HandoverModel {
                 next.tell_source(event, m);
             }
             Some(Work::Release) => next.source_releases(m),
-            Some(Work::Make | Work::Load | Work::Discard) | None => {}
+            Some(Work::Make | Work::LetGo | Work::Load | Work::Discard) | None => {}
         }
     }
 
@@ -380,10 +385,8 @@ impl HandoverModel {
                 let event = DestinationEvent::MakeCopyFailed { reason: reason() };
                 next.tell_destination(event, m);
             }
-            Some(Work::Make) => {
-                next.destination.guest = Guest::Fresh;
-                next.tell_destination(World::made(), m);
-            }
+            Some(Work::Make) => next.launch_copy(m),
+            Some(Work::LetGo) => next.let_copy_go(m),
             Some(Work::Load) => {
                 if next.destination.guest == Guest::Fresh {
                     next.destination.guest = Guest::Still;

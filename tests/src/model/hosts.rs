@@ -143,6 +143,7 @@ pub enum Work {
     Check(Attempt),
     Release,
     Make,
+    LetGo,
     Load,
     Discard,
 }
@@ -876,8 +877,29 @@ impl World {
         }
     }
 
-    pub(super) fn made() -> DestinationEvent {
-        DestinationEvent::CopyMade { process: process() }
+    /// The copy's process is there, and waits on its stage until the journal names it.
+    pub(super) fn launch_copy(&mut self, mutation: Option<Mutation>) {
+        self.destination.work = Some(Work::LetGo);
+        let process = process();
+        self.tell_destination(DestinationEvent::CopyLaunched { process }, mutation);
+    }
+
+    /// It is let go, or ended where the journal could not name it.
+    pub(super) fn let_copy_go(&mut self, mutation: Option<Mutation>) {
+        let process = process();
+        let machine = self.destination.machine.as_ref();
+        let named = machine.is_some_and(|machine| machine.names(&process));
+        if !named && mutation != Some(Mutation::LetGoUnnamed) {
+            let event = DestinationEvent::MakeCopyFailed { reason: reason() };
+            self.tell_destination(event, mutation);
+            return;
+        }
+        let durable = self.destination.disk.durable.as_ref();
+        if durable.and_then(|record| record.process.as_ref()) != Some(&process) {
+            self.blame("a process that the journal does not name is let go");
+        }
+        self.destination.guest = Guest::Fresh;
+        self.tell_destination(DestinationEvent::CopyMade { process }, mutation);
     }
 
     pub(super) fn source_timer(&mut self, timer: Timer, mutation: Option<Mutation>) {

@@ -16,7 +16,7 @@ use super::inventory::Machine;
 use super::qmp::{Event, Qmp};
 use crate::error::GuestError;
 use crate::guest::GuestLife;
-use crate::launch::{self, Watched};
+use crate::watched::{self, Watched};
 
 /// How long a QEMU whose socket closed may take to end, so that its end can be told instead.
 const END_GRACE: Duration = Duration::from_secs(2);
@@ -44,7 +44,7 @@ impl Link {
     /// Finds the process behind `qmp` and begins to watch it. Needs a tokio runtime.
     pub(super) fn new(qmp: Qmp, machine: &Machine, may_run: bool) -> Result<Self, GuestError> {
         let pid = qemu_pid(qmp.peer_pid(), machine.vcpu_thread)?;
-        let process = Arc::new(Watched::find(launch::identify(pid)?)?);
+        let process = Arc::new(Watched::find(watched::identify(pid)?)?);
         let (sender, life) = watch::channel(GuestLife::Alive);
         let may_run = Arc::new(AtomicBool::new(may_run));
         let task = watch_life(

@@ -24,8 +24,8 @@ use super::target_copy::Copy;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionWriter, StartError, TargetGuest};
-use crate::launch::Watched;
 use crate::open::{CopyLeft, Reopening, TargetOptions};
+use crate::watched::Watched;
 
 /// Longest wait for the device state to be loaded.
 const LOAD_LIMIT: Duration = Duration::from_secs(60);

@@ -24,10 +24,11 @@ use super::qmp::{Qmp, QmpError};
 use super::state_file::IncomingPipe;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
-use crate::launch::{self, Watched};
+use crate::launch;
 use crate::memory::ProcessMemory;
 use crate::open::{Leftovers, TargetOptions};
 use crate::space;
+use crate::watched::Watched;
 
 /// How long a launched QEMU may take until its QMP socket is there: memory may be preallocated.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(60);
@@ -116,7 +117,7 @@ impl Copy {
         };
         refuse_running(path).await?;
         let log = options.run_dir.join(format!("{}.qemu.log", config.name));
-        let launched = launch::launch(argv, &log)?;
+        let launched = launch::launch(argv, &log, &*options.journal).await?;
         let made = match connect_launched(path, &launched).await {
             Ok(qmp) => Self::fit(config, spec, qmp, Some(&launched)).await,
             Err(error) => Err(error),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::geometry::{RegionBits, RegionLen, Run};
 use vmferry_proto::ids::RegionId;
 use vmferry_proto::spec::{RegionKind, RunState};
@@ -15,6 +16,7 @@ use super::{QemuSource, QemuTarget};
 use crate::config::{DiskConfig, DiskMode, DriverKind, SourceConfig, TargetConfig};
 use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionReader, Settlement, SourceGuest, TargetGuest};
+use crate::launch::{LaunchJournal, Recorded};
 use crate::open::TargetOptions;
 
 fn source_config(host: &Host) -> SourceConfig {
@@ -41,9 +43,21 @@ fn target_config(host: &Host, launch: Option<Vec<String>>) -> TargetConfig {
     }
 }
 
+/// There is no agent here whose death could leave a process.
+#[derive(Debug)]
+struct Journal;
+
+#[async_trait::async_trait]
+impl LaunchJournal for Journal {
+    async fn record(&self, process: &ProcessIdentity) -> Result<Recorded, GuestError> {
+        Ok(Recorded::durably(process.clone()))
+    }
+}
+
 fn options(host: &Host) -> TargetOptions {
     TargetOptions {
         run_dir: host.folder().to_owned(),
+        journal: Arc::new(Journal),
     }
 }
 

@@ -66,7 +66,7 @@ pub(super) async fn ask(client: &mut Client) -> Result<(Description, ProcessIden
             ),
         });
     }
-    let identity = crate::launch::identify(pid)?;
+    let identity = crate::watched::identify(pid)?;
     Ok((found, identity))
 }
 

@@ -23,10 +23,10 @@ use crate::error::GuestError;
 use crate::guest::{
     GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
 };
-use crate::launch::Watched;
 use crate::marks::{MarkLog, TrackingLeft};
 use crate::memory::ProcessMemory;
 use crate::open::Leftovers;
+use crate::watched::Watched;
 
 /// How long a guest that was told to quit may take.
 const QUIT_LIMIT: Duration = Duration::from_secs(10);

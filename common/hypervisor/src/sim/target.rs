@@ -22,10 +22,11 @@ use super::disk::DiskFile;
 use crate::config::TargetConfig;
 use crate::error::GuestError;
 use crate::guest::{GuestLife, RegionWriter, StartError, TargetGuest};
-use crate::launch::{self, Watched};
+use crate::launch;
 use crate::memory::ProcessMemory;
 use crate::open::{CopyLeft, Reopening, TargetOptions};
 use crate::space;
+use crate::watched::Watched;
 
 /// How long a launched guest may take until it listens.
 const LAUNCH_LIMIT: Duration = Duration::from_secs(30);
@@ -40,8 +41,8 @@ const DISK: RegionId = RegionId(1);
 pub struct SimTarget {
     config: TargetConfig,
     spec: GuestSpec,
+    options: TargetOptions,
     socket: PathBuf,
-    log: PathBuf,
     incarnations: Vec<Incarnation>,
     copy: Copy,
     /// An earlier agent started it.
@@ -72,15 +73,14 @@ impl SimTarget {
                 config.name
             ))
         })?;
-        let log = options.run_dir.join(format!("{}.log", config.name));
-        let copy = Copy::make(config, spec, &socket, &log).await?;
+        let copy = Copy::make(config, spec, &socket, options).await?;
         let incarnations = spec.regions.iter().map(|_| fresh_incarnation());
         Ok(Self {
             incarnations: incarnations.collect::<Result<_, _>>()?,
             config: config.clone(),
             spec: spec.clone(),
+            options: options.clone(),
             socket,
-            log,
             copy,
             started: false,
             ended: false,
@@ -112,8 +112,8 @@ impl SimTarget {
             incarnations: left.incarnations.clone(),
             config: config.clone(),
             spec: spec.clone(),
+            options: options.clone(),
             socket,
-            log: options.run_dir.join(format!("{}.log", config.name)),
             copy,
             started: state == State::Running,
             ended: false,
@@ -125,7 +125,7 @@ impl SimTarget {
         if self.config.launch.is_none() {
             return;
         }
-        for path in [&self.socket, &self.log] {
+        for path in [&self.socket, &log_of(&self.config, &self.options)] {
             match std::fs::remove_file(path) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     tracing::warn!(path = %path.display(), %error, "a file of the discarded guest is left");
@@ -136,17 +136,22 @@ impl SimTarget {
     }
 }
 
+fn log_of(config: &TargetConfig, options: &TargetOptions) -> PathBuf {
+    options.run_dir.join(format!("{}.log", config.name))
+}
+
 impl Copy {
     async fn make(
         config: &TargetConfig,
         spec: &GuestSpec,
         socket: &Path,
-        log: &Path,
+        options: &TargetOptions,
     ) -> Result<Self, GuestError> {
         let Some(argv) = &config.launch else {
             return Self::attach(config, spec, socket).await;
         };
-        let launched = launch::launch(argv, log)?;
+        let log = log_of(config, options);
+        let launched = launch::launch(argv, &log, &*options.journal).await?;
         let made = match until_it_listens(&launched, socket).await {
             Ok(()) => Self::attach(config, spec, socket).await,
             Err(error) => Err(error),
@@ -156,12 +161,18 @@ impl Copy {
                 process: launched,
                 ..copy
             }),
-            // A launch command may be a wrapper that starts the guest and stays.
-            Ok(copy) => Ok(copy),
+            // The journal names the launched process, so no other one may hold the copy.
+            Ok(copy) => {
+                let other = copy.process.identity().pid;
+                end(&launched).await;
+                Err(GuestError::Config(format!(
+                    "guest file of {}: `launch` started {}, but the guest is process {other}: let the command become the guest (`exec`)",
+                    config.name,
+                    launched.identity()
+                )))
+            }
             Err(error) => {
-                if let Err(left) = launched.kill().await {
-                    tracing::warn!(%left, "the launched guest is left");
-                }
+                end(&launched).await;
                 Err(error)
             }
         }
@@ -220,6 +231,12 @@ impl Copy {
             disk,
         };
         Ok((copy, found.state))
+    }
+}
+
+async fn end(launched: &Watched) {
+    if let Err(left) = launched.kill().await {
+        tracing::warn!(%left, "the launched guest is left");
     }
 }
 
@@ -324,7 +341,7 @@ impl TargetGuest for SimTarget {
             });
         }
         self.copy.process.kill().await?;
-        self.copy = Copy::make(&self.config, &self.spec, &self.socket, &self.log).await?;
+        self.copy = Copy::make(&self.config, &self.spec, &self.socket, &self.options).await?;
         self.ended = false;
         for (region, incarnation) in self.spec.regions.iter().zip(&mut self.incarnations) {
             if region.kind == RegionKind::Memory {

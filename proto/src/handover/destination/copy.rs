@@ -1,7 +1,7 @@
 //! The copy at the destination: made for an offer, renewed when used up, discarded at the end.
 //!
-//! Owns what happens to the copy beside the attempts. Invariants: `Ready` is said only when nothing is undecided and the copy's process is
-//! in a durable record; the copy goes only when it is durable that this side will not run it.
+//! Owns what happens to the copy beside the attempts. Invariants: a launched process is let go only when
+//! a durable record names it; `Ready` is said only when nothing is undecided and that is so; the copy goes only when it is durable that this side will not run it.
 
 use crate::error::{ErrorCode, WireError};
 use crate::ids::SessionNumber;
@@ -77,6 +77,14 @@ impl DestinationHandover {
             ErrorCode::GuestBusy,
             why,
         )));
+    }
+
+    pub(super) fn on_copy_launched(&mut self, process: ProcessRecord) -> Result<(), Unexpected> {
+        if self.copy != GuestCopy::Making {
+            return self.unexpected("CopyLaunched");
+        }
+        self.process = Some(process);
+        Ok(())
     }
 
     pub(super) fn on_copy_made(

@@ -96,6 +96,7 @@ impl DestinationHandover {
             DestinationEvent::SessionOpened { session } => self.on_session(session, actions),
             DestinationEvent::ConnectionLost => self.link = Link::Down,
             DestinationEvent::Offered => return self.on_offered(actions),
+            DestinationEvent::CopyLaunched { process } => return self.on_copy_launched(process),
             DestinationEvent::CopyMade { process } => return self.on_copy_made(process, actions),
             DestinationEvent::MakeCopyFailed { reason } => {
                 return self.on_make_copy_failed(reason, actions);
@@ -192,6 +193,13 @@ impl DestinationHandover {
         matches!(self.state, State::Owning { .. } | State::Starting { .. })
     }
 
+    /// Whether a durable record names `process` as the one that holds the copy.
+    #[must_use]
+    pub fn names(&self, process: &ProcessRecord) -> bool {
+        let durable = self.journal.durable();
+        durable.is_some_and(|record| record.process.as_ref() == Some(process))
+    }
+
     /// Whether the migration ended here without a commit and nothing is left of it.
     #[must_use]
     pub const fn is_ended(&self) -> bool {
@@ -286,7 +294,8 @@ impl DestinationHandover {
             actions.push(DestinationAction::Refuse(reason.clone()));
         }
         if self.link == Link::Offered && failed.process == self.process {
-            self.refuse("the journal of the destination cannot be written", actions);
+            self.link = Link::Down;
+            actions.push(DestinationAction::Refuse(reason.clone()));
         }
         self.after_failed_record(&failed.state, visible, reason, actions);
         Ok(())

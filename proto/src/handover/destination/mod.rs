@@ -67,6 +67,12 @@ pub enum DestinationEvent {
     ConnectionLost,
     /// An `Offer` that fits this host: the source copies, so it is not in doubt.
     Offered,
+    /// The process that is to hold the copy is there, and becomes its hypervisor only when a durable record names it
+    /// ([`DestinationHandover::names`]).
+    CopyLaunched {
+        /// The process.
+        process: ProcessRecord,
+    },
     /// [`DestinationAction::MakeCopy`] is done.
     CopyMade {
         /// The process that holds it.
