@@ -7,11 +7,13 @@ pub mod progress;
 pub mod report;
 
 pub mod command;
+mod desk;
 pub mod durable;
 pub mod error;
 pub mod lanes;
 pub mod local;
 pub mod migrate;
+mod outcome;
 pub mod run;
 pub mod saved;
 pub mod session;

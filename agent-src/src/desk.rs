@@ -1,0 +1,218 @@
+//! What is held while a guest is worked on: its lock, its control socket, the guest itself, and what an earlier agent left of it.
+//!
+//! Owns the taking of all that, in an order that harms nobody who is at work already, and the choice of the machine: of what the
+//! journal left unfinished, or a new one. What is done at the desk is `run`'s.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use vmferry_common::causes::chain;
+use vmferry_common::endpoint::{Connector, Udp};
+use vmferry_common::local::Events;
+use vmferry_common::ownership;
+use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
+use vmferry_hypervisor::SourceGuest;
+use vmferry_hypervisor::open::{Leftovers, open_source_with};
+use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::handover::{
+    Peer as PeerRecord, SourceAction, SourceFacts, SourceHandover, SourceRecord, SourceState,
+};
+use vmferry_proto::ids::GuestName;
+
+use crate::cli::MigrateOptions;
+use crate::durable::{self, DurableFiles, Keeping};
+use crate::error::MigrateError;
+use crate::local::{self, Command};
+
+/// A migration that never began: nothing was done to the guest.
+#[derive(Debug)]
+pub struct NotBegun {
+    /// Whether the user's input or configuration is to blame (exit code 2).
+    pub usage: bool,
+    /// Why.
+    pub error: WireError,
+}
+
+impl NotBegun {
+    pub(crate) fn usage(error: &dyn std::error::Error) -> Self {
+        Self {
+            usage: true,
+            error: WireError::new(ErrorCode::Internal, chain(error)),
+        }
+    }
+
+    /// No runtime could be started.
+    #[must_use]
+    pub fn runtime(error: &std::io::Error) -> Self {
+        Self::failed(ErrorCode::Internal, error)
+    }
+
+    pub(crate) fn failed(code: ErrorCode, error: &dyn std::error::Error) -> Self {
+        Self {
+            usage: false,
+            error: WireError::new(code, chain(error)),
+        }
+    }
+}
+
+/// Everything that must be held while a guest is worked on.
+#[derive(Debug)]
+pub struct Desk {
+    /// The guest, attached.
+    pub guest: Box<dyn SourceGuest>,
+    /// Where its journal is.
+    pub state: StateDir,
+    /// The right to work on it.
+    pub lock: GuestLock,
+    /// What the destination is reached by.
+    pub connector: Arc<dyn Connector>,
+    /// What people at other terminals want.
+    pub commands: mpsc::Receiver<Command>,
+    /// Those who listen.
+    pub events: Events,
+    /// What is kept for a later agent, and what one before this one kept; `None` where a killed agent cannot be gone on with.
+    pub keeping: Option<Keeping>,
+    /// When the program began.
+    pub began: Instant,
+}
+
+impl Desk {
+    pub(crate) fn found(&self, name: &GuestName) -> Result<Option<SourceRecord>, NotBegun> {
+        ownership::source_file(&self.state, name)
+            .read()
+            .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))
+    }
+}
+
+/// What an agent has come for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Purpose {
+    /// To go on.
+    Migrate,
+    /// To finish and to leave no trace.
+    Recover,
+}
+
+/// The desk, and the control socket while it is held.
+pub(crate) async fn sit_down(
+    options: &MigrateOptions,
+    began: Instant,
+    purpose: Purpose,
+) -> Result<(Desk, local::Server), NotBegun> {
+    let name = &options.guest.name;
+    let state = StateDir::open(&options.state).map_err(|error| NotBegun::usage(&error))?;
+    let lock = state
+        .lock(name)
+        .map_err(|error| NotBegun::failed(ErrorCode::GuestBusy, &error))?;
+    let (sender, commands) = mpsc::channel(local::QUEUE);
+    local::forward_signals(sender.clone())
+        .map_err(|error| NotBegun::failed(ErrorCode::Internal, &error))?;
+    let socket = local::Server::start(&local::socket_path(&options.state, name.as_str()), sender)
+        .map_err(|error| NotBegun::usage(&error))?;
+    let (guest, keeping) = open_guest(options, &state, purpose).await?;
+    let desk = Desk {
+        guest,
+        state,
+        lock,
+        connector: Arc::new(Udp),
+        commands,
+        events: socket.events(),
+        keeping: Some(keeping),
+        began,
+    };
+    Ok((desk, socket))
+}
+
+/// The guest, and what an agent that was killed in the copy left of it for this one.
+async fn open_guest(
+    options: &MigrateOptions,
+    state: &StateDir,
+    purpose: Purpose,
+) -> Result<(Box<dyn SourceGuest>, Keeping), NotBegun> {
+    let files = DurableFiles::new(&options.state, &options.guest.name);
+    let found = ownership::source_file(state, &options.guest.name)
+        .read()
+        .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
+    let left = match (purpose, found) {
+        (Purpose::Migrate, Some(found)) if can_go_on(&found, options) => Some(files.find(&found)),
+        (Purpose::Migrate | Purpose::Recover, _) => None,
+    };
+    let leftovers = match &left {
+        Some(Ok(_)) => Leftovers::KeepTracking,
+        Some(Err(_)) | None => Leftovers::Remove,
+    };
+    let opened = open_source_with(&options.guest, leftovers).await;
+    let mut guest = opened.map_err(|error| NotBegun {
+        usage: false,
+        error: MigrateError::Guest(error).to_wire(),
+    })?;
+    let keeping = durable::take_over(files, left, &mut *guest).await;
+    Ok((guest, keeping))
+}
+
+/// Whether the copy that the journal tells of can be gone on with. In doubt it cannot: the images may be inactive, and what
+/// follows is hardly a copy.
+fn can_go_on(found: &SourceRecord, options: &MigrateOptions) -> bool {
+    is_unfinished(found, options)
+        && matches!(
+            found.state,
+            SourceState::Copying { .. }
+                | SourceState::Pausing { .. }
+                | SourceState::RolledBack { .. }
+        )
+}
+
+/// The handover machine: of what the journal left unfinished, else a new one.
+pub(crate) fn machine(
+    options: &MigrateOptions,
+    desk: &Desk,
+) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
+    match desk.found(&options.guest.name)? {
+        Some(found) if is_unfinished(&found, options) || is_stale_copy(&found, desk) => {
+            Ok(SourceHandover::recover(found))
+        }
+        Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
+    }
+}
+
+/// Whether the guest here is the very process that a commit has let go: its agent died before it ended it, and it must never be
+/// moved or run again.
+fn is_stale_copy(found: &SourceRecord, desk: &Desk) -> bool {
+    let here = desk.guest.process();
+    let known = &found.process;
+    matches!(found.state, SourceState::Released { .. })
+        && (known.pid, known.start_ticks, &known.boot_id)
+            == (here.pid, here.start_ticks, &here.boot_id)
+}
+
+/// Whether an earlier agent left something of this guest that must be finished, or can be gone on with.
+fn is_unfinished(found: &SourceRecord, options: &MigrateOptions) -> bool {
+    match &found.state {
+        // Gone on with only where the destination is the same one.
+        SourceState::Copying { .. } => found.peer.address == options.to.to_string(),
+        SourceState::Pausing { .. }
+        | SourceState::Committing { .. }
+        | SourceState::RolledBack { .. }
+        | SourceState::Fenced { .. } => true,
+        SourceState::Released { .. } | SourceState::Ended { .. } => false,
+    }
+}
+
+fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun> {
+    let journal = |error: &dyn std::error::Error| NotBegun::failed(ErrorCode::Journal, error);
+    let migration = new_migration_id().map_err(|error| journal(&error))?;
+    let known = ownership::highest_generation(&desk.state, &options.guest.name)
+        .map_err(|error| journal(&error))?;
+    Ok(SourceFacts {
+        guest: options.guest.name.clone(),
+        migration,
+        generation: known.next(),
+        peer: PeerRecord {
+            address: options.to.to_string(),
+            identity: options.to.host.clone(),
+        },
+        process: desk.guest.process().into(),
+        shared_disks: !desk.guest.spec().shared_disks.is_empty(),
+    })
+}
