@@ -11,9 +11,10 @@ use vmferry_common::causes::chain;
 use vmferry_common::endpoint::{Connector, Udp};
 use vmferry_common::local::Events;
 use vmferry_common::ownership;
+use vmferry_common::process::ProcessIdentity;
 use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
-use vmferry_hypervisor::SourceGuest;
 use vmferry_hypervisor::open::{Leftovers, open_source_with};
+use vmferry_hypervisor::{GoneGuest, SourceGuest};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
     Peer as PeerRecord, SourceAction, SourceFacts, SourceHandover, SourceRecord, SourceState,
@@ -94,6 +95,16 @@ pub(crate) enum Purpose {
     Recover,
 }
 
+impl Purpose {
+    /// Whether what `found` says of its guest is settled before anything else is done.
+    const fn settles(self, found: &SourceRecord) -> bool {
+        match self {
+            Self::Migrate => matches!(found.state, SourceState::Committing { .. }),
+            Self::Recover => !matches!(found.state, SourceState::Ended { .. }),
+        }
+    }
+}
+
 /// The desk, and the control socket while it is held.
 pub(crate) async fn sit_down(
     options: &MigrateOptions,
@@ -130,12 +141,26 @@ async fn open_guest(
     state: &StateDir,
     purpose: Purpose,
 ) -> Result<(Box<dyn SourceGuest>, Keeping), NotBegun> {
-    let files = DurableFiles::new(&options.state, &options.guest.name);
-    let found = ownership::source_file(state, &options.guest.name)
+    let name = &options.guest.name;
+    let files = DurableFiles::new(&options.state, name);
+    let found = ownership::source_file(state, name)
         .read()
         .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
-    let left = match (purpose, found) {
-        (Purpose::Migrate, Some(found)) if can_go_on(&found, options) => Some(files.find(&found)),
+    let settled = found.as_ref().filter(|found| purpose.settles(found));
+    if let Some(gone) = settled.and_then(|found| gone(name, found)) {
+        let process = gone.process();
+        let about = format!(
+            "{process}, which held the guest, is gone: what the journal says is settled without it"
+        );
+        let keeping = Keeping {
+            files,
+            taken_over: None,
+            about: Some(about),
+        };
+        return Ok((Box::new(gone), keeping));
+    }
+    let left = match (purpose, &found) {
+        (Purpose::Migrate, Some(found)) if can_go_on(found, options) => Some(files.find(found)),
         (Purpose::Migrate | Purpose::Recover, _) => None,
     };
     let leftovers = match &left {
@@ -147,8 +172,37 @@ async fn open_guest(
         usage: false,
         error: MigrateError::Guest(error).to_wire(),
     })?;
+    if let Some(other) = settled.filter(|found| !is_same(found, &*guest)) {
+        return Err(another_answers(other, &*guest));
+    }
     let keeping = durable::take_over(files, left, &mut *guest).await;
     Ok((guest, keeping))
+}
+
+/// The guest of `found`, if its process is gone for sure. Whoever answers at its socket by now is not the one that was paused, and must
+/// be neither resumed nor ended on the strength of that record.
+fn gone(name: &GuestName, found: &SourceRecord) -> Option<GoneGuest> {
+    let process = ProcessIdentity::from(found.process.clone());
+    // What cannot be told counts as there: then it is attached to, or that fails with the reason.
+    let alive = process.is_alive().unwrap_or(true);
+    (!alive).then(|| GoneGuest::new(name, process))
+}
+
+fn is_same(found: &SourceRecord, guest: &dyn SourceGuest) -> bool {
+    found.process == guest.process().into()
+}
+
+fn another_answers(found: &SourceRecord, guest: &dyn SourceGuest) -> NotBegun {
+    let detail = format!(
+        "the journal speaks of guest {} in process {}, which still runs, but {} answers at the socket of its guest file: correct the guest file, or end the process that is not the guest",
+        found.guest,
+        found.process.pid,
+        guest.process()
+    );
+    NotBegun {
+        usage: false,
+        error: WireError::new(ErrorCode::GuestBusy, detail),
+    }
 }
 
 /// Whether the copy that the journal tells of can be gone on with. In doubt it cannot: the images may be inactive, and what
@@ -169,21 +223,17 @@ pub(crate) fn machine(
     desk: &Desk,
 ) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
     match desk.found(&options.guest.name)? {
-        Some(found) if is_unfinished(&found, options) || is_stale_copy(&found, desk) => {
-            Ok(SourceHandover::recover(found))
-        }
+        Some(found) if is_left_of(&found, options, desk) => Ok(SourceHandover::recover(found)),
         Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
     }
 }
 
-/// Whether the guest here is the very process that a commit has let go: its agent died before it ended it, and it must never be
-/// moved or run again.
-fn is_stale_copy(found: &SourceRecord, desk: &Desk) -> bool {
-    let here = desk.guest.process();
-    let known = &found.process;
-    matches!(found.state, SourceState::Released { .. })
-        && (known.pid, known.start_ticks, &known.boot_id)
-            == (here.pid, here.start_ticks, &here.boot_id)
+/// Whether `found` must be settled, or is gone on with, with the guest that is here. One that was booted afresh since is no matter of an
+/// attempt that was not committed. The very process that a commit has let go must never be moved or run again: its agent died
+/// before it ended it.
+fn is_left_of(found: &SourceRecord, options: &MigrateOptions, desk: &Desk) -> bool {
+    let released = matches!(found.state, SourceState::Released { .. });
+    is_same(found, &*desk.guest) && (released || is_unfinished(found, options))
 }
 
 /// Whether an earlier agent left something of this guest that must be finished, or can be gone on with.

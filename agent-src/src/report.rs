@@ -265,10 +265,12 @@ impl Report {
     }
 }
 
-/// What to do: of the ending where that decides (moved, in doubt, cancelled), else of the error.
+/// What to do: of the place of the guest where somebody must see to it (stuck, ended), of the ending where that decides (moved, in
+/// doubt, cancelled), else of the error.
 fn todo(outcome: Ending, guest_now: GuestNow, code: Option<ErrorCode>) -> &'static str {
-    let stuck = (guest_now == GuestNow::StuckAtSource).then(|| explain::of_guest_now(guest_now));
-    if let Some(entry) = stuck.flatten() {
+    if let (GuestNow::StuckAtSource | GuestNow::Ended, Some(entry)) =
+        (guest_now, explain::of_guest_now(guest_now))
+    {
         return entry.todo;
     }
     match (outcome, code) {
@@ -303,9 +305,11 @@ impl GuestNow {
             Self::StuckAtSource => {
                 "The guest is here, at the source, and PAUSED: it could not be resumed."
             }
-            Self::Ended => "The guest has ended here, at the source; it runs nowhere.",
+            Self::Ended => {
+                "The guest has ended; it runs nowhere, and may be booted afresh here, at the source."
+            }
             Self::InDoubt => {
-                "The guest is PAUSED here, at the source, and may be running at the destination."
+                "The guest is PAUSED here, at the source, or gone, and may be running at the destination."
             }
         }
     }

@@ -54,12 +54,16 @@ pub async fn migrate_at(
     identity: Arc<Identity>,
     mut progress: Progress,
 ) -> Result<Report, NotBegun> {
-    if let Some(text) = desk.keeping.as_ref().and_then(|kept| kept.about.as_ref()) {
-        progress.note(text);
-    }
+    note_what_was_found(&desk, &mut progress);
     let machine = machine(&options, &desk)?;
     remember(&options, &desk)?;
     run(options, identity, desk, machine, progress, false).await
+}
+
+fn note_what_was_found(desk: &Desk, progress: &mut Progress) {
+    if let Some(text) = desk.keeping.as_ref().and_then(|kept| kept.about.as_ref()) {
+        progress.note(text);
+    }
 }
 
 /// The operator's word that the destination host cannot run the guest nor write to its disks (`[HAND-9]`).
@@ -94,8 +98,9 @@ pub async fn recover_at(
     options: MigrateOptions,
     identity: Arc<Identity>,
     fenced: Option<DestinationIsFenced>,
-    progress: Progress,
+    mut progress: Progress,
 ) -> Result<Report, NotBegun> {
+    note_what_was_found(&desk, &mut progress);
     let name = &options.guest.name;
     let Some(found) = desk.found(name)? else {
         return Err(nothing_to_recover(&desk.state, name));

@@ -26,6 +26,10 @@ const CALM: Bounds = Bounds {
 const DOUBT: &[&str] = &["in doubt, then committed", "in doubt, then aborted"];
 /// Beginnings of the properties that say what must never happen.
 const SAFETY: &[&str] = &["[HAND", "nothing"];
+const DEAD: &[&str] = &[
+    "dead in doubt, then committed",
+    "dead in doubt, then bootable here",
+];
 const CRASH: &[&str] = &[
     "crash in COMMITTING, then committed",
     "crash in COMMITTING, then rolled back",
@@ -102,8 +106,8 @@ fn a_crash_a_failed_write_and_a_failing_guest() {
     check(
         "crash, write, guest",
         HandoverModel::new(bounds),
-        &[DOUBT, CRASH],
-        85_251,
+        &[DOUBT, CRASH, DEAD],
+        114_381,
     );
 }
 

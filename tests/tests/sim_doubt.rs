@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use vmferry_tests::harness::doubt::{answer_held_back, commit_into_the_void, kill};
+use vmferry_tests::harness::process;
 use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::soon;
 use vmferry_tests::harness::{Host, Proxy, SimGuest, SimSpec, Stage};
@@ -117,4 +118,86 @@ fn move_on(guest: &SimGuest, from: &Host, to: &Host, port: Option<u16>) {
     assert_eq!(done.code(), 0, "{}", done.stderr);
     assert!(soon(|| guest.runs_on(to)));
     guest.wait_for_beats(20).unwrap();
+}
+
+/// The guest's process ends although it is paused and in doubt: the host of the source was restarted, say.
+fn lose_guest(stage: &Stage, guest: &SimGuest) {
+    process::kill(guest.first_pid());
+    assert!(soon(|| !guest.is_on(&stage.alpha)));
+    assert_eq!(owner(&stage.alpha, Role::Source), 1);
+}
+
+fn recover(stage: &Stage) -> process::Finished {
+    let words = ["--json"];
+    let done = stage.alpha.ask(Role::Source, "recover", "web", &words);
+    let done = done.unwrap();
+    println!("{}{}", done.stdout, done.stderr);
+    done
+}
+
+#[test]
+fn a_doubt_whose_guest_is_gone_is_settled_as_committed() {
+    for verb in ["recover", "migrate"] {
+        let stage = Stage::set(PROGRAMS);
+        let guest = stage.guest(SimSpec::quiet("web"));
+        let proxy = Proxy::to(stage.agent.port).unwrap();
+        let running = answer_held_back(&stage, &guest, &proxy);
+        proxy.cut();
+        kill(running);
+        lose_guest(&stage, &guest);
+        proxy.restore();
+        let done = match verb {
+            "recover" => recover(&stage),
+            _ => stage.alpha.migrate("web", proxy.port(), &[]).unwrap(),
+        };
+        stage.expect_code(&done, 0);
+        assert_eq!(done.json().unwrap()["outcome"], "committed");
+        assert!(done.stderr.contains("is gone"), "{}", done.stderr);
+        stage.expect_moved(&guest);
+        expect_one_owner(&stage.beta, &stage.alpha);
+    }
+}
+
+#[test]
+fn a_doubt_whose_guest_is_gone_is_settled_as_aborted_and_the_guest_may_be_booted_here() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(SimSpec::quiet("web"));
+    let proxy = Proxy::to(stage.agent.port).unwrap();
+    kill(commit_into_the_void(&stage, &proxy));
+    lose_guest(&stage, &guest);
+    // An agent that is restarted before it hears Commit records the attempt as aborted.
+    let port = stage.agent.port;
+    stage.agent.process.signal(Signal::KILL).unwrap();
+    assert!(soon(|| stage.agent.process.has_ended().unwrap()));
+    stage.agent = stage.beta.serve_at(port, &[]).unwrap();
+    proxy.restore();
+    let done = recover(&stage);
+    stage.expect_code(&done, 1);
+    let report = done.json().unwrap();
+    assert_eq!(report["guest_now"], "ended", "{report}");
+    let now = report["what_is_true_now"].as_str().unwrap();
+    assert!(now.contains("may be booted afresh here"), "{now}");
+    expect_one_owner(&stage.alpha, &stage.beta);
+    stage.expect_clean(&guest);
+    // It is, begins a new life, and moves.
+    std::fs::remove_file(stage.alpha.path("web.beats")).unwrap();
+    let again = stage.guest(SimSpec::quiet("web"));
+    stage.expect_moves(&again, &["--max-downtime", "10s"]);
+}
+
+#[test]
+fn a_guest_that_is_gone_before_the_decision_is_this_hosts_to_boot() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(SimSpec::quiet("web"));
+    let gate = stage.beta.gate("final").unwrap();
+    let mut running = stage.begin(&guest, &["--max-downtime", "10s"]);
+    gate.wait_reached(&mut running).unwrap();
+    kill(running);
+    lose_guest(&stage, &guest);
+    gate.remove().unwrap();
+    let done = recover(&stage);
+    stage.expect_code(&done, 1);
+    assert_eq!(done.json().unwrap()["guest_now"], "ended");
+    expect_one_owner(&stage.alpha, &stage.beta);
+    stage.expect_clean(&guest);
 }

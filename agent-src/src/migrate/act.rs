@@ -269,7 +269,7 @@ impl Migration {
                 // There is nothing to bring back any more, nor anything that a later try could change.
                 tracing::warn!(%error, "the guest has ended, so it is not resumed");
                 self.paused = None;
-                SourceEvent::Resumed
+                SourceEvent::GuestGone
             }
             Err(error) => SourceEvent::ResumeFailed {
                 reason: MigrateError::Guest(error).to_wire(),
@@ -306,6 +306,11 @@ impl Migration {
             SourceReport::RolledBack { reason, .. } => {
                 self.rolled_back += 1;
                 self.last_rollback = Some(reason.clone());
+            }
+            SourceReport::InDoubt { .. } if *self.life.borrow() != GuestLife::Alive => {
+                self.progress.note(
+                    "in doubt: the guest is gone here, and only the destination knows whether it runs there; asking again",
+                );
             }
             SourceReport::InDoubt { .. } => self.progress.note(
                 "in doubt: the guest waits, paused, for the destination's answer; asking again",

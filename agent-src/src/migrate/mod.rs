@@ -249,7 +249,10 @@ impl Migration {
         self.end = self.handover.end().cloned();
         self.settle_the_past(actions).await;
         if self.end.is_none() && !self.left_in_doubt {
-            if self.only_recover {
+            let life = self.life.borrow().clone();
+            if life != GuestLife::Alive {
+                self.give_up(&MigrateError::GuestEnded(life)).await;
+            } else if self.only_recover {
                 self.give_up(&MigrateError::Recovered).await;
             } else {
                 self.drive().await;
@@ -383,7 +386,8 @@ impl Migration {
             reason.code,
             ErrorCode::LinkLost | ErrorCode::TimedOut | ErrorCode::ShuttingDown
         );
-        if !passing || self.rolled_back >= MAX_ATTEMPTS {
+        let ended = *self.life.borrow() != GuestLife::Alive;
+        if !passing || ended || self.rolled_back >= MAX_ATTEMPTS {
             return Err(MigrateError::RolledBack(reason));
         }
         self.progress
@@ -403,7 +407,11 @@ impl Migration {
             let reason = error.to_wire();
             self.feed(SourceEvent::ConnectionLost { reason }).await;
         }
-        let tell = matches!(error, MigrateError::RolledBack(_) | MigrateError::Recovered);
+        let tell = match error {
+            MigrateError::RolledBack(_) | MigrateError::Recovered => true,
+            MigrateError::GuestEnded(_) => !self.tracking,
+            _ => false,
+        };
         if tell && self.session.is_none() {
             // A rollback closed the session, or a killed agent left none. The destination is to let its copy go now, and not when it
             // has waited for long enough; where it cannot be told, it does that.

@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod error;
+mod gone;
 pub mod guest;
 pub mod launch;
 pub mod marks;
@@ -18,6 +19,7 @@ mod space;
 pub mod watched;
 
 pub use error::GuestError;
+pub use gone::GoneGuest;
 pub use guest::{
     GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, Settlement, SourceGuest,
     StartError, Taken, TargetGuest,

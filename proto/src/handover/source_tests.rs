@@ -429,6 +429,59 @@ fn hand_9_an_operator_resolves_only_doubt_and_never_resumes_with_shared_disks() 
 }
 
 #[test]
+fn hand_4_a_doubt_whose_guest_is_gone_is_settled_by_the_register_alone() {
+    let lost = E::ConnectionLost { reason: why() };
+    let found = at(false, to_doubt()).record();
+    for (verdict, wanted) in [
+        (COMMITTED, "RELEASED"),
+        (Verdict::Aborted(why()), "ROLLED_BACK"),
+    ] {
+        let (mut machine, _) = SourceHandover::recover(found.clone());
+        // The guest's end settles nothing.
+        feed(&mut machine, [E::GuestTouched { reason: why() }]);
+        assert!(machine.is_in_doubt());
+        feed(
+            &mut machine,
+            [
+                E::Recorded,
+                E::Connected {
+                    register: KEY.register,
+                },
+            ],
+        );
+        let answer = E::Outcome(Outcome { key: KEY, verdict });
+        let settled = feed(&mut machine, [answer]);
+        assert_eq!(recorded(&settled).map(SourceState::name), Some(wanted));
+        let done = feed(&mut machine, [E::Recorded]);
+        if resumes(&done) {
+            feed(&mut machine, [E::GuestGone]);
+            assert!(machine.is_copying());
+            feed(
+                &mut machine,
+                [
+                    lost.clone(),
+                    E::Recorded,
+                    E::Cancel { reason: why() },
+                    E::Recorded,
+                ],
+            );
+            let end = machine.end();
+            assert!(matches!(end, Some(SourceEnd::NotCommitted { .. })));
+        } else {
+            assert!(done.contains(&A::Release));
+        }
+    }
+    let mut machine = at(false, to_doubt());
+    feed(
+        &mut machine,
+        [E::ResolveDestinationFenced, E::Recorded, E::GuestGone],
+    );
+    assert_eq!(machine.end(), Some(&SourceEnd::EndedByOperator));
+    let early = at(false, to_doubt()).handle(E::GuestGone);
+    assert!(early.is_err(), "nobody was to be resumed");
+}
+
+#[test]
 fn hand_9_a_fenced_that_a_restart_found_is_not_overruled_since_the_guest_may_run_already() {
     let found = super::SourceRecord {
         state: SourceState::Fenced { key: KEY },

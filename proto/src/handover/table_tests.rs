@@ -61,6 +61,7 @@ fn source_events() -> Vec<S> {
         outcome(KEY, Verdict::Unknown),
         outcome(OTHER_KEY, Verdict::Aborted(why())),
         S::Resumed,
+        S::GuestGone,
         S::ResumeFailed { reason: why() },
         S::Released,
         S::ReleaseFailed { reason: why() },

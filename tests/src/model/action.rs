@@ -65,6 +65,7 @@ pub enum Fault {
     StreamFails,
     ResumeFails,
     ReleaseFails,
+    GuestDies,
     MakeFails,
     LoadFails,
     CopyDies,
@@ -222,10 +223,13 @@ impl HandoverModel {
 
     fn faults_of_source(&self, world: &World, steps: &mut Vec<Step>) {
         let (host, used, bounds) = (&world.source, world.used, self.bounds);
+        let mut fault = |fault| steps.push(Step::Fault(fault));
+        if used.guest_failures < bounds.guest_failures && host.guest != Guest::Missing {
+            fault(Fault::GuestDies);
+        }
         let Some(machine) = &host.machine else {
             return;
         };
-        let mut fault = |fault| steps.push(Step::Fault(fault));
         if used.crashes < bounds.crashes {
             fault(Fault::CrashSource { landed: false });
             if host.disk.writing.is_some() {
@@ -353,6 +357,20 @@ impl HandoverModel {
     fn source_work_done(&self, next: &mut World) {
         let m = self.mutation;
         match next.source.work.take() {
+            Some(Work::Pause) if next.source.guest == Guest::Missing => {
+                let event = SourceEvent::PauseFailed {
+                    before: None,
+                    reason: reason(),
+                };
+                next.tell_source(event, m);
+            }
+            Some(Work::Stream(attempt)) if next.source.guest == Guest::Missing => {
+                let event = SourceEvent::StreamFailed {
+                    attempt,
+                    reason: reason(),
+                };
+                next.tell_source(event, m);
+            }
             Some(Work::Pause) => {
                 next.source.guest = Guest::Still;
                 let before = RunState::Running;
@@ -436,6 +454,12 @@ impl HandoverModel {
             Fault::PauseFails | Fault::StreamFails | Fault::ResumeFails | Fault::ReleaseFails => {
                 next.used.guest_failures += 1;
                 source_guest_fails(next, fault, m);
+            }
+            Fault::GuestDies => {
+                next.used.guest_failures += 1;
+                next.seen.guest_died_in_doubt = next.is_in_doubt();
+                next.source.guest = Guest::Missing;
+                next.tell_source(SourceEvent::GuestTouched { reason: reason() }, m);
             }
             Fault::MakeFails
             | Fault::LoadFails

@@ -15,6 +15,14 @@ pub(super) fn properties() -> Vec<Property<HandoverModel>> {
             "[HAND-2] no run at the destination without a durable OWNED",
             |_, world: &World| world.destination_run_is_recorded(),
         ),
+        Property::always(
+            "[HAND-11] who may boot the guest is not the one beside him who runs it",
+            |_, world: &World| {
+                let there = world.destination.guest == Guest::Running || world.elsewhere;
+                !(world.may_boot_at_source() && there)
+                    && !(world.may_boot_at_destination() && world.source.guest == Guest::Running)
+            },
+        ),
         Property::always("nothing happens that no rule allows", |_, world: &World| {
             world.bad.is_none()
         }),
@@ -29,6 +37,12 @@ pub(super) fn properties() -> Vec<Property<HandoverModel>> {
         }),
         Property::sometimes("in doubt, then aborted", |_, world: &World| {
             world.seen.in_doubt && rolled_back(world)
+        }),
+        Property::sometimes("dead in doubt, then committed", |_, world: &World| {
+            world.seen.guest_died_in_doubt && committed(world)
+        }),
+        Property::sometimes("dead in doubt, then bootable here", |_, world: &World| {
+            world.seen.guest_died_in_doubt && world.may_boot_at_source()
         }),
         Property::sometimes("crash in COMMITTING, then committed", |_, world: &World| {
             world.seen.crash_in_committing && committed(world)

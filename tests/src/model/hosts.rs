@@ -10,8 +10,8 @@ use std::sync::Arc;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
     CopyFound, DestinationAction, DestinationEvent, DestinationFacts, DestinationHandover,
-    DestinationRecord, DestinationState, EarlierOutcome, Peer, ProcessRecord, SourceAction,
-    SourceEvent, SourceFacts, SourceHandover, SourceRecord, SourceState, Timer,
+    DestinationRecord, DestinationState, EarlierOutcome, OwnershipClaim, Peer, ProcessRecord,
+    SourceAction, SourceEvent, SourceFacts, SourceHandover, SourceRecord, SourceState, Timer,
 };
 use vmferry_proto::ids::{Attempt, Generation, MigrationId, RegisterId, SessionNumber};
 use vmferry_proto::message::{
@@ -206,6 +206,7 @@ pub struct Used {
 pub struct Seen {
     pub in_doubt: bool,
     pub crash_in_committing: bool,
+    pub guest_died_in_doubt: bool,
     /// Highest attempt whose COMMITTING a restart could have read.
     pub committing: Attempt,
 }
@@ -329,6 +330,27 @@ impl World {
         usize::from(self.source.guest == Guest::Running)
             + usize::from(self.destination.guest == Guest::Running)
             + usize::from(self.elsewhere)
+    }
+
+    /// What the source's host answers to whoever asks before he boots the guest.
+    #[must_use]
+    pub fn may_boot_at_source(&self) -> bool {
+        let record = self.source.disk.visible.as_ref();
+        record.is_none_or(|record| record.claim() == OwnershipClaim::Here)
+    }
+
+    /// What the destination's host answers; whoever it was that fenced it for good asks no more.
+    #[must_use]
+    pub fn may_boot_at_destination(&self) -> bool {
+        let record = self.destination.disk.visible.as_ref();
+        !self.destination.fenced
+            && record.is_some_and(|record| record.claim() == OwnershipClaim::Here)
+    }
+
+    /// Whether the source's journal says that only the destination knows.
+    pub(super) fn is_in_doubt(&self) -> bool {
+        let record = self.source.disk.visible.as_ref();
+        record.is_some_and(|record| matches!(record.state, SourceState::Committing { .. }))
     }
 
     pub(super) fn say(&mut self, message: Message) {
@@ -771,10 +793,14 @@ impl World {
             self.blame("[HAND-3] the source resumed without a durable ROLLED_BACK");
         }
         self.check_resume_out_of_committing();
+        let event = match self.source.guest {
+            Guest::Missing => SourceEvent::GuestGone,
+            Guest::Fresh | Guest::Still | Guest::Running => SourceEvent::Resumed,
+        };
         if self.source.guest == Guest::Still {
             self.source.guest = Guest::Running;
         }
-        self.tell_source(SourceEvent::Resumed, mutation);
+        self.tell_source(event, mutation);
     }
 
     /// `[HAND-4]`: out of COMMITTING only the register's ABORTED or an operator's word leads back.

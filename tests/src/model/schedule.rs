@@ -184,7 +184,10 @@ fn at_rest(world: &World) -> bool {
     };
     let owner_is_up =
         world.destination.guest != Guest::Running || world.destination.machine.is_some();
-    quiet && settled && owner_is_up && (world.runners() == 1 || is_ordinary_crash(world))
+    quiet
+        && settled
+        && owner_is_up
+        && (world.runners() == 1 || is_ordinary_crash(world) || is_crash_at_source(world))
 }
 
 /// `[HAND-6]`: the owner's copy died between OWNED and an answered start, or the owner was fenced after it had said so: the guest has crashed where
@@ -200,6 +203,11 @@ fn is_ordinary_crash(world: &World) -> bool {
         Some(DestinationState::Owned { .. })
     );
     world.runners() == 0 && copy_is_lost(world) && owned
+}
+
+/// The guest died at the source, whose host says that it may be booted there.
+fn is_crash_at_source(world: &World) -> bool {
+    world.runners() == 0 && world.source.guest == Guest::Missing && world.may_boot_at_source()
 }
 
 /// Nothing of the loaded copy is left. An agent that was started with the wrong state folder may have put a fresh one in its place.

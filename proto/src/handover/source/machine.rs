@@ -120,7 +120,8 @@ impl SourceHandover {
                 self.on_record_failed(visible, reason, actions)
             }
             SourceEvent::Outcome(outcome) => self.on_outcome(&outcome, actions),
-            SourceEvent::Resumed => self.on_resumed(actions),
+            SourceEvent::Resumed => self.on_resumed(SourceEnd::ResumedByOperator, actions),
+            SourceEvent::GuestGone => self.on_resumed(SourceEnd::EndedByOperator, actions),
             SourceEvent::ResumeFailed { reason } => self.on_resume_failed(reason, actions),
             SourceEvent::Released => self.on_released(actions),
             SourceEvent::ReleaseFailed { reason } => self.on_release_failed(reason, actions),

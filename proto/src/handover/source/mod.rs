@@ -129,6 +129,9 @@ pub enum SourceEvent {
         /// Why.
         reason: WireError,
     },
+    /// The guest's process is gone, so there is nothing to bring back: the other answer to [`SourceAction::Resume`]. The guest may be
+    /// booted here all the same.
+    GuestGone,
     /// The copy at this side is let go.
     Released,
     /// It could not be let go; may be tried again.
@@ -195,7 +198,7 @@ pub enum SourceAction {
         /// The attempt.
         attempt: Attempt,
     },
-    /// Bring the guest back. Answered by `Resumed` or `ResumeFailed`.
+    /// Bring the guest back. Answered by `Resumed`, `GuestGone` or `ResumeFailed`.
     Resume {
         /// The right to.
         permit: RunPermit,
@@ -317,6 +320,7 @@ pub enum SourceEnd {
     },
     /// Resumed on an operator's word.
     ResumedByOperator,
-    /// Ended on an operator's word, because of shared disks: boot the guest afresh.
+    /// The guest is this host's on an operator's word and is not running, because of shared disks or since its process was gone
+    /// before: boot it afresh.
     EndedByOperator,
 }

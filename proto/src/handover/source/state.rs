@@ -176,7 +176,7 @@ impl State {
             Self::Unwinding(unwinding) => match unwinding.step {
                 UnwindStep::AwaitingPause => "GuestPaused or PauseFailed",
                 UnwindStep::Recording => "Recorded, RecordFailed or Retry",
-                UnwindStep::Resuming => "Resumed or ResumeFailed",
+                UnwindStep::Resuming => "Resumed, GuestGone or ResumeFailed",
                 UnwindStep::ResumeFailed => "Retry",
             },
             Self::Releasing { .. } => "Recorded, RecordFailed, Released, ReleaseFailed or Retry",

@@ -113,7 +113,13 @@ impl SourceHandover {
         });
     }
 
-    pub(super) fn on_resumed(&mut self, actions: &mut Actions) -> Result<(), Unexpected> {
+    /// The guest is back, or there is nothing to bring back: what the journal says of it is the same. `resolved` is the end where it was
+    /// an operator who said so.
+    pub(super) fn on_resumed(
+        &mut self,
+        resolved: SourceEnd,
+        actions: &mut Actions,
+    ) -> Result<(), Unexpected> {
         if let State::Unwinding(unwinding) = &self.state
             && unwinding.step == UnwindStep::Resuming
         {
@@ -122,10 +128,10 @@ impl SourceHandover {
             return Ok(());
         }
         if self.is_fencing_done() && !self.facts.shared_disks {
-            self.finish(SourceEnd::ResumedByOperator, actions);
+            self.finish(resolved, actions);
             return Ok(());
         }
-        self.unexpected("Resumed")
+        self.unexpected("Resumed or GuestGone")
     }
 
     pub(super) const fn is_fencing_done(&self) -> bool {
