@@ -19,8 +19,10 @@ pub(super) fn properties() -> Vec<Property<HandoverModel>> {
             "[HAND-11] who may boot the guest is not the one beside him who runs it",
             |_, world: &World| {
                 let there = world.destination.guest == Guest::Running || world.elsewhere;
-                !(world.may_boot_at_source() && there)
-                    && !(world.may_boot_at_destination() && world.source.guest == Guest::Running)
+                let here = world.source.guest == Guest::Running;
+                let beside_there = world.may_boot_at_source() && there;
+                let beside_here = world.may_boot_at_destination() && here;
+                !beside_there && !beside_here
             },
         ),
         Property::always("nothing happens that no rule allows", |_, world: &World| {
