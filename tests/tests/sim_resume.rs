@@ -8,11 +8,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use serde_json::Value;
-use vmferry_common::ownership;
-use vmferry_common::state::StateDir;
-use vmferry_proto::handover::DestinationState;
-use vmferry_proto::spec::RunState;
 use vmferry_simguest::protocol::State;
+use vmferry_tests::harness::doubt::write_owned;
 use vmferry_tests::harness::process::{Finished, Running, descriptors};
 use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::soon;
@@ -337,28 +334,12 @@ fn killed_when_prepared(stage: &mut Stage, guest: &SimGuest) {
     assert!(soon(|| stage.agent.process.has_ended().unwrap()));
 }
 
-/// What an agent leaves that dies between its durable OWNED and the start.
-fn write_owned(stage: &Stage, guest: &SimGuest) {
-    let state = StateDir::open(&stage.beta.path("state")).unwrap();
-    let file = ownership::destination_file(&state, &guest.name().parse().unwrap());
-    let mut record = file.read().unwrap().unwrap();
-    let DestinationState::Opened { attempt } = record.state else {
-        panic!("{record:?}");
-    };
-    record.state = DestinationState::Owned {
-        attempt,
-        to: RunState::Running,
-        started: false,
-    };
-    file.write(&record).unwrap();
-}
-
 #[test]
 fn a_destination_agent_that_dies_before_the_start_starts_the_guest_when_it_is_back() {
     let mut stage = Stage::set(PROGRAMS);
     let guest = stage.guest(idle());
     killed_when_prepared(&mut stage, &guest);
-    write_owned(&stage, &guest);
+    write_owned(&stage.beta, guest.name());
     // The source's copy is fenced: it is the destination's half that is looked at.
     guest.end_on(&stage.alpha);
     stage.agent = stage.beta.serve_at(stage.agent.port, &[]).unwrap();
@@ -380,7 +361,7 @@ fn a_destination_agent_that_finds_its_guest_gone_says_so() {
     let mut stage = Stage::set(PROGRAMS);
     let guest = stage.guest(idle());
     killed_when_prepared(&mut stage, &guest);
-    write_owned(&stage, &guest);
+    write_owned(&stage.beta, guest.name());
     copies(&stage, &guest)
         .into_iter()
         .for_each(vmferry_tests::harness::process::kill);

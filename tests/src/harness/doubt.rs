@@ -1,11 +1,18 @@
-//! Bringing a migration to the two moments at which only the destination's register knows the outcome.
+//! Bringing a migration to the two moments at which only the destination's register knows the outcome,
+//! and writing what it would say.
 //!
 //! Owns the way there: a gate before the load, and a proxy that loses or holds one direction while it opens.
 
 use std::time::Duration;
 
+use anyhow::{Context, bail};
 use rustix::process::Signal;
+use vmferry_common::ownership;
+use vmferry_common::state::StateDir;
+use vmferry_proto::handover::DestinationState;
+use vmferry_proto::spec::RunState;
 
+use super::hosts::Host;
 use super::process::Running;
 use super::proxy::Proxy;
 use super::role::Role;
@@ -64,6 +71,28 @@ fn at_the_load(stage: &Stage, proxy: &Proxy) -> (super::scripts::Gate, Running) 
 fn open(gate: super::scripts::Gate) {
     gate.remove()
         .unwrap_or_else(|error| panic!("the gate: {error:#}"));
+}
+
+/// Makes the journal of the destination `host` what it is between a durable OWNED and the start, of an attempt that is open there.
+///
+/// # Panics
+/// None is.
+pub fn write_owned(host: &Host, guest: &str) {
+    let written = || {
+        let state = StateDir::open(&host.path("state"))?;
+        let file = ownership::destination_file(&state, &guest.parse()?);
+        let mut record = file.read()?.context("no record")?;
+        let DestinationState::Opened { attempt } = record.state else {
+            bail!("{record:?}");
+        };
+        record.state = DestinationState::Owned {
+            attempt,
+            to: RunState::Running,
+            started: false,
+        };
+        Ok(file.write(&record)?)
+    };
+    written().unwrap_or_else(|error: anyhow::Error| panic!("OWNED: {error:#}"));
 }
 
 /// Ends an agent as a crash would.
