@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use vmferry_common::journal::{JournalReadError, RecordFile};
 use vmferry_common::state::new_incarnation;
-use vmferry_memtrack::SharedWords;
+use vmferry_common::storage::{Storage, Words};
 use vmferry_proto::geometry::{RegionBits, WindowBits, WindowIndex};
 use vmferry_proto::handover::ProcessRecord;
 use vmferry_proto::ids::{FrameSeq, Incarnation, Lane, MigrationId, RegionId, SessionNumber};
@@ -72,23 +72,45 @@ pub(crate) struct CopyFiles {
     pub(crate) applied: Arc<Applied>,
 }
 
-fn record_file(folder: &Path) -> RecordFile<CopyRecord> {
-    RecordFile::new(folder.join("copy"), VERSION)
+/// A guest's folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Folder {
+    pub(crate) storage: Arc<dyn Storage>,
+    pub(crate) path: PathBuf,
 }
 
-fn applied_path(folder: &Path) -> PathBuf {
-    folder.join("applied")
+impl Folder {
+    fn record(&self) -> RecordFile<CopyRecord> {
+        RecordFile::on(self.storage.clone(), self.path.join("copy"), VERSION)
+    }
+
+    fn applied(&self) -> PathBuf {
+        self.path.join("applied")
+    }
+
+    /// Removes the notes of a copy that nobody will go on with. They are small, and harmless where that fails.
+    pub(crate) fn remove_notes(&self) {
+        if let Err(error) = self.record().remove() {
+            tracing::debug!(%error, "the record of a copy is left");
+        }
+        drop(self.storage.remove(&self.applied()));
+    }
 }
 
 impl CopyFiles {
     /// Finds what was left in `folder` of `migration`.
-    pub(crate) fn find(folder: &Path, migration: MigrationId) -> Result<Self, NotUsable> {
-        let record = record_file(folder).read()?.ok_or(NotUsable::Nothing)?;
+    pub(crate) fn find(folder: &Folder, migration: MigrationId) -> Result<Self, NotUsable> {
+        let record = folder.record().read()?.ok_or(NotUsable::Nothing)?;
         if record.migration != migration {
             return Err(NotUsable::OtherMigration(record.migration));
         }
-        let path = applied_path(folder);
-        match Applied::open(&path, record.applied, &record.spec.regions) {
+        let path = folder.applied();
+        match Applied::open(
+            &*folder.storage,
+            &path,
+            record.applied,
+            &record.spec.regions,
+        ) {
             Ok(applied) => Ok(Self {
                 record,
                 applied: Arc::new(applied),
@@ -99,15 +121,16 @@ impl CopyFiles {
 
     /// Begins the files of a fresh copy; not in force before [`put_in_force`](Self::put_in_force).
     pub(crate) fn begin(
-        folder: &Path,
+        folder: &Folder,
         migration: MigrationId,
         spec: &GuestSpec,
     ) -> io::Result<Self> {
-        record_file(folder).remove().map_err(io::Error::other)?;
+        folder.record().remove().map_err(io::Error::other)?;
         let id = new_incarnation().map_err(io::Error::other)?;
         let id = *id.as_bytes();
+        let applied = Applied::create(&*folder.storage, &folder.applied(), id, &spec.regions)?;
         Ok(Self {
-            applied: Arc::new(Applied::create(&applied_path(folder), id, &spec.regions)?),
+            applied: Arc::new(applied),
             record: CopyRecord {
                 migration,
                 spec: spec.clone(),
@@ -121,29 +144,21 @@ impl CopyFiles {
     /// From here on a later agent goes on with the copy in `process`, whose regions are `incarnations` now.
     pub(crate) fn put_in_force(
         &mut self,
-        folder: &Path,
+        folder: &Folder,
         process: &ProcessRecord,
         incarnations: &[Incarnation],
     ) -> io::Result<()> {
         self.record.process = Some(process.clone());
         self.record.incarnations = incarnations.to_vec();
-        let written = record_file(folder).write(&self.record);
+        let written = folder.record().write(&self.record);
         written.map_err(io::Error::other)
     }
-}
-
-/// Removes the files of a copy that nobody will go on with. They are small, and harmless where that fails.
-pub(crate) fn remove(folder: &Path) {
-    if let Err(error) = record_file(folder).remove() {
-        tracing::debug!(%error, "the record of a copy is left");
-    }
-    drop(std::fs::remove_file(applied_path(folder)));
 }
 
 /// The applied file, mapped.
 #[derive(Debug)]
 pub(crate) struct Applied {
-    words: SharedWords,
+    words: Box<dyn Words>,
     /// First word of each region's set.
     regions: Vec<usize>,
     lens: Vec<vmferry_proto::geometry::RegionLen>,
@@ -171,9 +186,14 @@ const fn lane_at(lane: Lane) -> usize {
 }
 
 impl Applied {
-    fn create(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+    fn create(
+        storage: &dyn Storage,
+        path: &Path,
+        id: [u8; 16],
+        regions: &[RegionSpec],
+    ) -> io::Result<Self> {
         let (places, count) = lay_out(regions);
-        let words = SharedWords::create(path, count)?;
+        let words = storage.create_words(path, count)?;
         let (low, high) = halves(id);
         words.set(ID_AT, low);
         words.set(ID_AT + 1, high);
@@ -181,9 +201,14 @@ impl Applied {
         Ok(Self::of(words, places, regions))
     }
 
-    fn open(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+    fn open(
+        storage: &dyn Storage,
+        path: &Path,
+        id: [u8; 16],
+        regions: &[RegionSpec],
+    ) -> io::Result<Self> {
         let (places, count) = lay_out(regions);
-        let words = SharedWords::open(path, count)?;
+        let words = storage.open_words(path, count)?;
         let begins = (words.get(MAGIC_AT), words.get(ID_AT), words.get(ID_AT + 1));
         let (low, high) = halves(id);
         if begins != (MAGIC, low, high) {
@@ -195,7 +220,7 @@ impl Applied {
         Ok(Self::of(words, places, regions))
     }
 
-    fn of(words: SharedWords, places: Vec<usize>, regions: &[RegionSpec]) -> Self {
+    fn of(words: Box<dyn Words>, places: Vec<usize>, regions: &[RegionSpec]) -> Self {
         Self {
             words,
             regions: places,

@@ -6,11 +6,30 @@ use std::time::Duration;
 
 use vmferry_common::hooks::Hooks;
 use vmferry_common::state::{StateDir, StateError};
+use vmferry_common::storage::{Files, Storage};
 use vmferry_hypervisor::open::Hypervisors;
 use vmferry_proto::ids::RegisterId;
 
 use crate::config::GuestFiles;
 use crate::store::Store;
+
+/// Folder under which each guest has one for its logs, its sockets and what is noted of its copy.
+#[derive(Debug, Clone)]
+pub struct RunFolder {
+    /// Where it is.
+    pub storage: Arc<dyn Storage>,
+    /// Its path there.
+    pub path: PathBuf,
+}
+
+impl From<PathBuf> for RunFolder {
+    fn from(path: PathBuf) -> Self {
+        Self {
+            storage: Arc::new(Files),
+            path,
+        }
+    }
+}
 
 /// This host, as the migrations see it.
 #[derive(Debug)]
@@ -25,8 +44,8 @@ pub struct Host {
     pub(crate) hooks: Hooks,
     /// For how long a copy is kept without its source.
     pub(crate) keep: Duration,
-    /// Folder under which each guest has one for its logs and sockets.
-    pub(crate) run_dir: PathBuf,
+    /// Where each guest has a folder.
+    pub(crate) run: RunFolder,
     /// The hypervisors that guests arrive in.
     pub(crate) hypervisors: Arc<dyn Hypervisors>,
 }
@@ -41,7 +60,7 @@ impl Host {
         guests: GuestFiles,
         hooks: Hooks,
         keep: Duration,
-        run_dir: PathBuf,
+        run: RunFolder,
         hypervisors: Arc<dyn Hypervisors>,
     ) -> Result<Self, StateError> {
         Ok(Self {
@@ -50,7 +69,7 @@ impl Host {
             guests,
             hooks,
             keep,
-            run_dir,
+            run,
             hypervisors,
         })
     }

@@ -45,6 +45,6 @@ mod store;
 mod streams;
 mod verify;
 
-pub use host::Host;
+pub use host::{Host, RunFolder};
 pub use server::Server;
 pub use status::{LaneStatus, MigrationStatus};

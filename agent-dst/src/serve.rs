@@ -96,7 +96,14 @@ impl Agent {
         let run_dir = run_dir(&args.state);
         let socket = LocalServer::bind(&run_dir.join(SOCKET))?;
         let hooks = Hooks::new(Some(args.hooks.clone()), HOOK_TIME);
-        let host = Host::new(state, guests, hooks, args.keep, run_dir, Arc::new(Drivers))?;
+        let host = Host::new(
+            state,
+            guests,
+            hooks,
+            args.keep,
+            run_dir.into(),
+            Arc::new(Drivers),
+        )?;
         let register = host.register;
         let tuning = TransportTuning::default();
         let endpoint = endpoint::bind_server(args.listen, &identity, &tuning)?;

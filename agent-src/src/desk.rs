@@ -13,7 +13,7 @@ use vmferry_common::local::Events;
 use vmferry_common::ownership;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_common::state::{GuestLock, StateDir, new_migration_id};
-use vmferry_hypervisor::open::{Leftovers, open_source_with};
+use vmferry_hypervisor::open::{Drivers, Hypervisors, Leftovers};
 use vmferry_hypervisor::{GoneGuest, SourceGuest};
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
@@ -88,7 +88,7 @@ impl Desk {
 
 /// What an agent has come for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Purpose {
+pub enum Purpose {
     /// To go on.
     Migrate,
     /// To finish and to leave no trace.
@@ -121,7 +121,8 @@ pub(crate) async fn sit_down(
         .map_err(|error| NotBegun::failed(ErrorCode::Internal, &error))?;
     let socket = local::Server::start(&local::socket_path(&options.state, name.as_str()), sender)
         .map_err(|error| NotBegun::usage(&error))?;
-    let (guest, keeping) = open_guest(options, &state, purpose).await?;
+    let files = DurableFiles::new(&options.state, name);
+    let (guest, keeping) = open_guest(options, &state, files, &Drivers, purpose).await?;
     let desk = Desk {
         guest,
         state,
@@ -135,19 +136,23 @@ pub(crate) async fn sit_down(
     Ok((desk, socket))
 }
 
-/// The guest, and what an agent that was killed in the copy left of it for this one.
-async fn open_guest(
+/// The guest, and what an agent that was killed in the copy left of it in `files` for this one.
+///
+/// # Errors
+/// The journal cannot be read, the guest cannot be attached to, or another one answers in its place.
+pub async fn open_guest(
     options: &MigrateOptions,
     state: &StateDir,
+    files: DurableFiles,
+    hypervisors: &dyn Hypervisors,
     purpose: Purpose,
 ) -> Result<(Box<dyn SourceGuest>, Keeping), NotBegun> {
     let name = &options.guest.name;
-    let files = DurableFiles::new(&options.state, name);
     let found = ownership::source_file(state, name)
         .read()
         .map_err(|error| NotBegun::failed(ErrorCode::Journal, &error))?;
     let settled = found.as_ref().filter(|found| purpose.settles(found));
-    if let Some(gone) = settled.and_then(|found| gone(name, found)) {
+    if let Some(gone) = settled.and_then(|found| gone(name, found, hypervisors)) {
         let process = gone.process();
         let about = format!(
             "{process}, which held the guest, is gone: what the journal says is settled without it"
@@ -167,7 +172,7 @@ async fn open_guest(
         Some(Ok(_)) => Leftovers::KeepTracking,
         Some(Err(_)) | None => Leftovers::Remove,
     };
-    let opened = open_source_with(&options.guest, leftovers).await;
+    let opened = hypervisors.open_source(&options.guest, leftovers).await;
     let mut guest = opened.map_err(|error| NotBegun {
         usage: false,
         error: MigrateError::Guest(error).to_wire(),
@@ -181,11 +186,14 @@ async fn open_guest(
 
 /// The guest of `found`, if its process is gone for sure. Whoever answers at its socket by now is not the one that was paused, and must
 /// be neither resumed nor ended on the strength of that record.
-fn gone(name: &GuestName, found: &SourceRecord) -> Option<GoneGuest> {
+fn gone(
+    name: &GuestName,
+    found: &SourceRecord,
+    hypervisors: &dyn Hypervisors,
+) -> Option<GoneGuest> {
     let process = ProcessIdentity::from(found.process.clone());
     // What cannot be told counts as there: then it is attached to, or that fails with the reason.
-    let alive = process.is_alive().unwrap_or(true);
-    (!alive).then(|| GoneGuest::new(name, process))
+    (!hypervisors.is_alive(&process)).then(|| GoneGuest::new(name, process))
 }
 
 fn is_same(found: &SourceRecord, guest: &dyn SourceGuest) -> bool {

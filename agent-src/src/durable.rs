@@ -13,7 +13,6 @@
 mod ledger_file;
 mod words;
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use vmferry_common::causes::chain;
 use vmferry_common::journal::{JournalError, JournalReadError, RecordFile};
 use vmferry_common::state::{new_incarnation, run_dir};
+use vmferry_common::storage::{Files, Storage};
 use vmferry_common::units::Size;
 use vmferry_hypervisor::{SourceGuest, TrackingLeft};
 use vmferry_proto::handover::{ProcessRecord, SourceRecord};
@@ -48,6 +48,7 @@ struct Belonging {
 /// Where the files of a guest are.
 #[derive(Debug, Clone)]
 pub struct DurableFiles {
+    storage: Arc<dyn Storage>,
     ledger: PathBuf,
     record: RecordFile<Belonging>,
 }
@@ -190,10 +191,17 @@ impl DurableFiles {
     /// Those of guest `name` under the state folder `state`.
     #[must_use]
     pub fn new(state: &Path, name: &GuestName) -> Self {
-        let dir = run_dir(state);
+        Self::on(Arc::new(Files), &run_dir(state), name)
+    }
+
+    /// Those of guest `name` in `folder`, which is in `storage`.
+    #[must_use]
+    pub fn on(storage: Arc<dyn Storage>, folder: &Path, name: &GuestName) -> Self {
+        let record = folder.join(format!("{name}.source.tracking"));
         Self {
-            ledger: dir.join(format!("{name}.source.ledger")),
-            record: RecordFile::new(dir.join(format!("{name}.source.tracking")), VERSION),
+            ledger: folder.join(format!("{name}.source.ledger")),
+            record: RecordFile::on(storage.clone(), record, VERSION),
+            storage,
         }
     }
 
@@ -215,7 +223,12 @@ impl DurableFiles {
                 now: journal.process.pid,
             });
         }
-        let file = LedgerFile::open(&self.ledger, belonging.ledger, &belonging.regions);
+        let file = LedgerFile::open(
+            &*self.storage,
+            &self.ledger,
+            belonging.ledger,
+            &belonging.regions,
+        );
         let file = file.map_err(|source| NotUsable::Ledger {
             path: self.ledger.clone(),
             source,
@@ -233,7 +246,7 @@ impl DurableFiles {
     pub fn begin(&self, regions: &[RegionSpec]) -> Result<Begun, NotWritten> {
         self.record.remove()?;
         let id = *new_incarnation()?.as_bytes();
-        let file = LedgerFile::create(&self.ledger, id, regions);
+        let file = LedgerFile::create(&*self.storage, &self.ledger, id, regions);
         let file = file.map_err(|source| NotWritten::Ledger {
             path: self.ledger.clone(),
             source,
@@ -270,7 +283,7 @@ impl DurableFiles {
         if let Err(error) = self.record.remove() {
             tracing::warn!(%error, "a record of the run folder is left");
         }
-        match fs::remove_file(&self.ledger) {
+        match self.storage.remove(&self.ledger) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%error, path = %self.ledger.display(), "a ledger is left");
             }

@@ -20,8 +20,8 @@ use vmferry_proto::handover::{SourceAction, SourceEvent, SourceHandover, SourceS
 use vmferry_proto::ids::GuestName;
 
 use crate::cli::MigrateOptions;
-pub use crate::desk::{Desk, NotBegun};
-use crate::desk::{Purpose, machine, sit_down};
+pub use crate::desk::{Desk, NotBegun, Purpose, open_guest};
+use crate::desk::{machine, sit_down};
 use crate::local::Waiter;
 use crate::migrate::{Migration, Parts};
 use crate::outcome::{state_before, summarise};

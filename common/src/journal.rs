@@ -297,7 +297,7 @@ fn checksum(version: u32, value: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::{Locked, NewFile, Patience};
+    use crate::storage::{Locked, NewFile, Patience, Words};
     use std::fs;
     use std::io::Write;
     use std::os::unix::fs::PermissionsExt;
@@ -380,6 +380,18 @@ mod tests {
 
         fn lock(&self, path: &Path, patience: Patience) -> io::Result<Locked> {
             Files.lock(path, patience)
+        }
+
+        fn remove_folder(&self, path: &Path) -> io::Result<()> {
+            Files.remove_folder(path)
+        }
+
+        fn create_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+            Files.create_words(path, count)
+        }
+
+        fn open_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+            Files.open_words(path, count)
         }
     }
 

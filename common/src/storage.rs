@@ -1,8 +1,8 @@
-//! Where an agent keeps its journal: the files of this host, or whatever stands for them.
+//! Where an agent keeps its journal and what it leaves for a later agent: the files of this host, or whatever stands for them.
 //!
 //! Owns the few operations that durable records are made of, each as the kernel offers it: a write may be short, nothing
 //! is durable before it is synced, a rename is durable only with its folder. What is done with them, in which order,
-//! is `journal`'s and `state`'s.
+//! is `journal`'s and `state`'s. Beside them are files of words, which outlive the process and need not outlive the host.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
+use vmferry_memtrack::SharedWords;
 
 /// A place for records.
 pub trait Storage: Send + Sync + fmt::Debug {
@@ -41,6 +42,50 @@ pub trait Storage: Send + Sync + fmt::Debug {
 
     /// Locks the file `path`, which is made where it is missing, for this process.
     fn lock(&self, path: &Path, patience: Patience) -> io::Result<Locked>;
+
+    /// Removes a folder and everything in it; one that is not there is no error.
+    fn remove_folder(&self, path: &Path) -> io::Result<()>;
+
+    /// A file of `count` words that are zero, its space reserved, in place of whatever was there. Whoever has that open goes on
+    /// with the old one.
+    fn create_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>>;
+
+    /// A file of exactly `count` words; one of another length is `InvalidData`.
+    fn open_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>>;
+}
+
+/// Words of a file, each of 64 bits. A change is there for a later process from the moment in which it is made, in the order in
+/// which they are made. Outside of the file there is nothing but zeroes, which do not change.
+pub trait Words: Send + Sync + fmt::Debug {
+    /// A word.
+    fn get(&self, at: usize) -> u64;
+
+    /// Stores a word.
+    fn set(&self, at: usize, value: u64);
+
+    /// Adds bits to a word.
+    fn add(&self, at: usize, bits: u64);
+
+    /// Takes bits out of a word.
+    fn remove(&self, at: usize, bits: u64);
+}
+
+impl Words for SharedWords {
+    fn get(&self, at: usize) -> u64 {
+        Self::get(self, at)
+    }
+
+    fn set(&self, at: usize, value: u64) {
+        Self::set(self, at, value);
+    }
+
+    fn add(&self, at: usize, bits: u64) {
+        Self::add(self, at, bits);
+    }
+
+    fn remove(&self, at: usize, bits: u64) {
+        Self::remove(self, at, bits);
+    }
 }
 
 /// A file that is being written.
@@ -136,6 +181,21 @@ impl Storage for Files {
         file.seek(SeekFrom::Start(0))?;
         writeln!(file, "{}", std::process::id())?;
         Ok(Locked::Taken(Box::new(FileLock(file))))
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn create_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+        Ok(Box::new(SharedWords::create(path, count)?))
+    }
+
+    fn open_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+        Ok(Box::new(SharedWords::open(path, count)?))
     }
 }
 

@@ -272,7 +272,7 @@ impl Migration {
                 self.hooks.tell(Phase::Start);
                 self.hooks.tell(Phase::Release);
                 self.hooks.tell(Ending::Committed);
-                crate::durable::remove(&self.folder());
+                self.folder().remove_notes();
                 self.tracker.enter(Phase::Release);
             }
             DestinationEnd::Ended { reason } => {
@@ -312,9 +312,10 @@ impl Migration {
             hypervisors: self.host.hypervisors.clone(),
             config: self.config.clone(),
             options: TargetOptions {
-                run_dir: self.folder(),
+                run_dir: self.folder().path,
                 journal: self.namer.clone(),
             },
+            folder: self.folder(),
             hooks: self.hooks.clone(),
             spec: self.spec.clone(),
             migration: self.handover.record().migration,

@@ -3,7 +3,6 @@
 //! Owns the join of copy, coverage and notes. Invariant: what the notes say was received is in the copy whose incarnations
 //! they name; a copy that begins with nothing is forgotten in them before its new incarnation is named.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -14,14 +13,18 @@ use vmferry_proto::spec::GuestSpec;
 use super::jobs::{Guest, Kept};
 use super::{Copied, Migration};
 use crate::coverage::Coverage;
-use crate::durable::CopyFiles;
+use crate::durable::{CopyFiles, Folder};
+use crate::host::RunFolder;
 use crate::sink::Sink;
 
 impl Migration {
     /// The folder of this guest's logs, sockets and notes.
-    pub(super) fn folder(&self) -> PathBuf {
-        let guests = self.host.run_dir.join("guests");
-        guests.join(self.config.name.as_str())
+    pub(super) fn folder(&self) -> Folder {
+        let RunFolder { storage, path } = &self.host.run;
+        Folder {
+            storage: storage.clone(),
+            path: path.join("guests").join(self.config.name.as_str()),
+        }
     }
 
     pub(super) async fn on_copy_made(

@@ -19,7 +19,7 @@ use vmferry_proto::message::{PrepareTiming, ResumePoint};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
 use crate::board::Board;
-use crate::durable::CopyFiles;
+use crate::durable::{CopyFiles, Folder};
 use crate::error::guest_to_wire;
 use crate::flusher;
 use crate::hooks::Hooks;
@@ -103,6 +103,8 @@ pub(super) struct Tools {
     pub(super) hypervisors: Arc<dyn Hypervisors>,
     pub(super) config: TargetConfig,
     pub(super) options: TargetOptions,
+    /// Where `options` says too: for what is noted there.
+    pub(super) folder: Folder,
     pub(super) hooks: Hooks,
     pub(super) spec: Option<Arc<GuestSpec>>,
     pub(super) migration: MigrationId,
@@ -167,10 +169,10 @@ async fn make_copy(
         }));
     }
     end_leftover(tools).await.map_err(failed)?;
-    let folder = &tools.options.run_dir;
-    std::fs::create_dir_all(folder).map_err(|source| {
+    let Folder { storage, path } = &tools.folder;
+    storage.make_folder(path).map_err(|source| {
         failed(GuestError::Io {
-            what: format!("cannot make {}", folder.display()),
+            what: format!("cannot make {}", path.display()),
             source,
         })
     })?;
@@ -187,7 +189,7 @@ async fn make_copy(
 fn what_was_left(tools: &Tools, spec: &GuestSpec) -> Option<CopyFiles> {
     let process = tools.leftover.as_ref()?;
     let guest = &tools.config.name;
-    match CopyFiles::find(&tools.options.run_dir, tools.migration) {
+    match CopyFiles::find(&tools.folder, tools.migration) {
         Ok(files) if files.record.spec.is_same_guest(spec) => Some(files),
         Ok(_) => {
             tracing::warn!(%guest, "the guest is not the one that an agent before this one received: its copy is made anew");
@@ -308,7 +310,7 @@ async fn reopen_to_start(tools: &Tools) -> Result<Box<dyn TargetGuest>, WireErro
         .leftover
         .as_ref()
         .ok_or_else(|| missing("copy of the guest"))?;
-    let files = CopyFiles::find(&options.run_dir, tools.migration).map_err(|error| {
+    let files = CopyFiles::find(&tools.folder, tools.migration).map_err(|error| {
         WireError::new(
             ErrorCode::Journal,
             format!(
@@ -347,15 +349,13 @@ async fn discard(tools: &Tools, guest: &mut Guest) -> Result<(), WireError> {
     }
     *guest = None;
     remove_stale_sockets(tools);
-    let folder = &tools.options.run_dir;
-    match std::fs::remove_dir_all(folder) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(failed(GuestError::Io {
-            what: format!("cannot remove {}", folder.display()),
+    let Folder { storage, path } = &tools.folder;
+    storage.remove_folder(path).map_err(|source| {
+        failed(GuestError::Io {
+            what: format!("cannot remove {}", path.display()),
             source,
-        })),
-    }
+        })
+    })
 }
 
 /// Ends the process of a copy that an earlier agent launched. One that the administrator started is left to him.

@@ -17,6 +17,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use vmferry_common::storage::Storage;
 use vmferry_hypervisor::MarkLog;
 use vmferry_proto::geometry::{RegionBits, RegionLen, WindowBits, WindowIndex, WindowRef};
 use vmferry_proto::ids::{FrameSeq, Incarnation, Lane, RegionId, SessionNumber};
@@ -111,9 +112,14 @@ impl LedgerFile {
     ///
     /// # Errors
     /// The file system.
-    pub fn create(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+    pub fn create(
+        storage: &dyn Storage,
+        path: &Path,
+        id: [u8; 16],
+        regions: &[RegionSpec],
+    ) -> io::Result<Self> {
         let (places, slots) = lay_out(regions);
-        let words = Words::create(path, slots + SLOTS * SLOT)?;
+        let words = Words::create(storage, path, slots + SLOTS * SLOT)?;
         let file = Self {
             words,
             regions: places,
@@ -130,9 +136,14 @@ impl LedgerFile {
     ///
     /// # Errors
     /// There is none, or it is another file.
-    pub fn open(path: &Path, id: [u8; 16], regions: &[RegionSpec]) -> io::Result<Self> {
+    pub fn open(
+        storage: &dyn Storage,
+        path: &Path,
+        id: [u8; 16],
+        regions: &[RegionSpec],
+    ) -> io::Result<Self> {
         let (places, slots) = lay_out(regions);
-        let words = Words::open(path, slots + SLOTS * SLOT)?;
+        let words = Words::open(storage, path, slots + SLOTS * SLOT)?;
         let foreign = |text| io::Error::new(io::ErrorKind::InvalidData, text);
         if words.get(MAGIC_AT) != MAGIC {
             return Err(foreign("it is no ledger of this version"));
@@ -237,8 +248,26 @@ impl LedgerFile {
         (0..each).map(move |slot| first + slot * SLOT)
     }
 
+    /// Empties all slots that the session so far has used: the first of each ring, and one more that its lane does not
+    /// tell of yet.
+    fn clear_slots(&self) {
+        let lanes = u8::try_from(self.words.get(LANES_AT)).unwrap_or(MAX_LANES);
+        let lanes = lanes.min(MAX_LANES);
+        let each = SLOTS / usize::from(lanes.max(1));
+        for lane in (0..lanes).map(Lane) {
+            let sent = usize::try_from(self.words.get(lane_at(lane))).unwrap_or(usize::MAX);
+            let used = sent.saturating_add(2).min(each);
+            for slot in self.ring(lane, lanes).take(used) {
+                self.words.set(slot, 0);
+            }
+        }
+    }
+
     fn slot(&self, at: usize) -> Option<(FrameImage, RegionKind)> {
         let seq = self.words.get(at);
+        if seq == 0 {
+            return None;
+        }
         let place = self.words.get(at + 1);
         let kind = if place & DISK_BIT == 0 {
             RegionKind::Memory
@@ -254,7 +283,7 @@ impl LedgerFile {
             },
             blocks: WindowBits(std::array::from_fn(|word| self.words.get(at + 2 + word))),
         };
-        (seq != 0).then_some((frame, kind))
+        Some((frame, kind))
     }
 
     fn add(&self, set: usize, window: u32, bits: &WindowBits) {
@@ -494,11 +523,12 @@ impl LedgerLog for LedgerWriter {
     fn session(&mut self, session: SessionNumber, lanes: u8) {
         let words = &self.file.words;
         words.set(SESSION_AT, 0);
+        // The numbers begin again: a slot of the session before must not be taken for one of this. Before the lanes, which say how
+        // many there are: a process that dies in between has left them to the next one.
+        self.file.clear_slots();
         for lane in (0..MAX_LANES).map(Lane) {
             (0..LANE).for_each(|word| words.set(lane_at(lane) + word, 0));
         }
-        // The numbers begin again: a slot of the session before must not be taken for one of this.
-        (0..SLOTS).for_each(|slot| words.set(self.file.slots + slot * SLOT, 0));
         words.set(LANES_AT, u64::from(lanes));
         words.set(SESSION_AT, session.0);
         self.lanes = lanes;

@@ -6,27 +6,27 @@
 use std::io;
 use std::path::Path;
 
-use vmferry_memtrack::SharedWords;
+use vmferry_common::storage::{self, Storage};
 
 /// The words.
 #[derive(Debug)]
 pub(super) struct Words {
-    shared: SharedWords,
+    shared: Box<dyn storage::Words>,
     /// Stores that are still carried out: a test's way to die between any two.
     #[cfg(test)]
     pub(super) fuse: std::sync::atomic::AtomicUsize,
 }
 
 impl Words {
-    pub(super) fn create(path: &Path, count: usize) -> io::Result<Self> {
-        SharedWords::create(path, count).map(Self::of)
+    pub(super) fn create(storage: &dyn Storage, path: &Path, count: usize) -> io::Result<Self> {
+        storage.create_words(path, count).map(Self::of)
     }
 
-    pub(super) fn open(path: &Path, count: usize) -> io::Result<Self> {
-        SharedWords::open(path, count).map(Self::of)
+    pub(super) fn open(storage: &dyn Storage, path: &Path, count: usize) -> io::Result<Self> {
+        storage.open_words(path, count).map(Self::of)
     }
 
-    fn of(shared: SharedWords) -> Self {
+    fn of(shared: Box<dyn storage::Words>) -> Self {
         Self {
             shared,
             #[cfg(test)]

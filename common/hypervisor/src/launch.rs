@@ -45,6 +45,12 @@ impl Recorded {
     pub const fn durably(process: ProcessIdentity) -> Self {
         Self(process)
     }
+
+    /// Whether it is `process` that the record names.
+    #[must_use]
+    pub fn names(&self, process: &ProcessIdentity) -> bool {
+        self.0 == *process
+    }
 }
 
 /// Starts `argv` with its output appended to the file `log`, in a session and, where possible, a cgroup of its own, so that

@@ -104,9 +104,16 @@ pub async fn reopen_target(
     }
 }
 
-/// The hypervisors of a destination host, as its agent sees them: the drivers of this table, or whatever stands for them.
+/// The hypervisors of a host, as its agent sees them: the drivers of this table, or whatever stands for them.
 #[async_trait]
 pub trait Hypervisors: Send + Sync + fmt::Debug {
+    /// [`open_source_with`].
+    async fn open_source(
+        &self,
+        config: &SourceConfig,
+        leftovers: Leftovers,
+    ) -> Result<Box<dyn SourceGuest>, GuestError>;
+
     /// [`open_target`].
     async fn open_target(
         &self,
@@ -140,6 +147,14 @@ pub struct Drivers;
 
 #[async_trait]
 impl Hypervisors for Drivers {
+    async fn open_source(
+        &self,
+        config: &SourceConfig,
+        leftovers: Leftovers,
+    ) -> Result<Box<dyn SourceGuest>, GuestError> {
+        open_source_with(config, leftovers).await
+    }
+
     async fn open_target(
         &self,
         config: &TargetConfig,

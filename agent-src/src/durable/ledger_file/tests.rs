@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering::Relaxed;
 
 use proptest::prelude::*;
+use vmferry_common::storage::Files;
 use vmferry_proto::frame::lane_of;
 
 use super::*;
@@ -236,7 +237,7 @@ proptest! {
     ) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ledger");
-        let file = Arc::new(LedgerFile::create(&path, ID, &regions()).unwrap());
+        let file = Arc::new(LedgerFile::create(&Files, &path, ID, &regions()).unwrap());
         let (mut plain, mut writer) = (Plain::default(), file.writer());
         apply(&Op::Session { lanes: 2 }, &mut plain, &file, &mut writer);
         let mut before = plain.not_safe();
@@ -249,7 +250,7 @@ proptest! {
         }
         // What the last change adds it may not have come to, and what it takes away it may not have.
         let needed: BTreeSet<Block> = before.intersection(&plain.not_safe()).copied().collect();
-        let next = LedgerFile::open(&path, ID, &regions()).unwrap();
+        let next = LedgerFile::open(&Files, &path, ID, &regions()).unwrap();
         let found = not_safe(&next);
         let lost: Vec<_> = needed.difference(&found).collect();
         prop_assert!(lost.is_empty(), "{lost:?} are lost");
@@ -264,7 +265,7 @@ proptest! {
     fn what_is_safe_is_not_called_dirty(ops in prop::collection::vec(op(), 1..40)) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("ledger");
-        let file = Arc::new(LedgerFile::create(&path, ID, &regions()).unwrap());
+        let file = Arc::new(LedgerFile::create(&Files, &path, ID, &regions()).unwrap());
         let (mut plain, mut writer) = (Plain::default(), file.writer());
         apply(&Op::Session { lanes: 1 }, &mut plain, &file, &mut writer);
         for op in &ops {
@@ -274,7 +275,7 @@ proptest! {
                 apply(&Op::Settle { lane, applied: 99, flushed: 99 }, &mut plain, &file, &mut writer);
             }
         }
-        let next = LedgerFile::open(&path, ID, &regions()).unwrap();
+        let next = LedgerFile::open(&Files, &path, ID, &regions()).unwrap();
         prop_assert_eq!(not_safe(&next), plain.not_safe());
     }
 }
@@ -284,12 +285,12 @@ fn another_file_is_known_by_what_it_begins_with() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger");
     let error = |id| {
-        LedgerFile::open(&path, id, &regions())
+        LedgerFile::open(&Files, &path, id, &regions())
             .unwrap_err()
             .to_string()
     };
     assert!(error(ID).contains("No such file"));
-    drop(LedgerFile::create(&path, ID, &regions()).unwrap());
+    drop(LedgerFile::create(&Files, &path, ID, &regions()).unwrap());
     assert!(error([8; 16]).contains("another ledger"));
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[0] ^= 1;
@@ -303,9 +304,9 @@ fn another_file_is_known_by_what_it_begins_with() {
 fn a_scan_that_was_cut_off_is_wholly_dirty() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ledger");
-    let file = LedgerFile::create(&path, ID, &regions()).unwrap();
+    let file = LedgerFile::create(&Files, &path, ID, &regions()).unwrap();
     file.before(RegionId(0), 1..3);
-    let next = LedgerFile::open(&path, ID, &regions()).unwrap();
+    let next = LedgerFile::open(&Files, &path, ID, &regions()).unwrap();
     next.heal();
     let image = next.image();
     assert_eq!(image.dirty[0].count(), 512 + 1);
