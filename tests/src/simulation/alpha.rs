@@ -3,7 +3,7 @@
 //! Owns which verb is next: `migrate`, again or `recover` after it was killed, `recover` while in doubt, `resolve` once the
 //! destination is fenced.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 
 use tokio::sync::mpsc;
@@ -14,15 +14,18 @@ use vmferry_common::ownership;
 use vmferry_hypervisor::config::{DriverKind, SourceConfig};
 use vmferry_proto::handover::SourceState;
 use vmferry_src::cli::MigrateOptions;
+use vmferry_src::durable::DurableFiles;
 use vmferry_src::local::QUEUE;
 use vmferry_src::progress::Progress;
 use vmferry_src::report::{GuestNow, Report};
-use vmferry_src::run::{self, Desk, DestinationIsFenced, NotBegun};
+use vmferry_src::run::{self, Desk, DestinationIsFenced, NotBegun, Purpose};
 
 use super::dice::Dice;
 use super::facts::{HostId, What};
 use super::network::{PORT, SimConnector};
-use super::run::{GUEST, Run, STATE};
+use super::run::{GUEST, RUN, Run, STATE};
+use super::storage::NodeDisk;
+use super::target::SimHypervisors;
 use super::world::Node;
 
 /// Most migrations that are begun in a run.
@@ -120,11 +123,12 @@ fn after_refusal(run: &Run, verb: Verb, why: &NotBegun, refusals: u32) -> Option
             .iter_mut()
             .any(|vm| vm.host == HostId::Alpha && vm.is_alive())
     };
-    if refusals > MOST_REFUSALS || !guest_is_there {
-        // A host whose guest is gone has nothing to migrate nor to resume.
+    if refusals > MOST_REFUSALS {
         return None;
     }
     match verb {
+        // A host whose guest is gone has nothing to migrate, and may have a doubt to settle.
+        Verb::Migrate if !guest_is_there => Some(Verb::Recover),
         // Nothing is recorded: the guest is as its users left it.
         Verb::Recover if why.usage => None,
         Verb::Migrate | Verb::Recover | Verb::Resolve => Some(verb),
@@ -159,7 +163,16 @@ async fn program(run: Arc<Run>, node: Node, verb: Verb) -> Result<Report, NotBeg
         Verb::Recover | Verb::Resolve => run::saved_options(&state, &run.guest, None)?,
     };
     let lock = state.lock(&run.guest).map_err(|error| failed(&error))?;
-    let guest = run.attach(&node).await.map_err(|error| failed(&error))?;
+    let purpose = match verb {
+        Verb::Migrate => Purpose::Migrate,
+        Verb::Recover | Verb::Resolve => Purpose::Recover,
+    };
+    let files = DurableFiles::on(NodeDisk::run(&node), Path::new(RUN), &run.guest);
+    let hypervisors = SimHypervisors(node.clone());
+    let (guest, keeping) = run::open_guest(&options, &state, files, &hypervisors, purpose).await?;
+    if let Some(about) = &keeping.about {
+        run.world.note(about.clone());
+    }
     let (sender, commands) = mpsc::channel(QUEUE);
     *run.commands.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender.clone());
     let desk = Desk {
@@ -172,8 +185,7 @@ async fn program(run: Arc<Run>, node: Node, verb: Verb) -> Result<Report, NotBeg
         }),
         commands,
         events: Events::new(),
-        // What is kept lies under the run folder of a real host.
-        keeping: None,
+        keeping: Some(keeping),
         began: Instant::now(),
     };
     // Held until the end: a program whose last asker has gone away is told to leave.

@@ -244,8 +244,13 @@ impl Model {
             return broken(format!("copies are left at the destination: {leftovers:?}"));
         }
         if self.lost {
-            // Rule 1 held all along, and there is nothing else to say of a guest that is dead.
-            return Ok(());
+            // Rule 1 held all along, and there is little else to say of a guest that is dead.
+            return match self.report {
+                Some(GuestNow::InDoubt) if !self.gone_for_good => {
+                    broken("the guest is gone, and nobody settled where it was".to_owned())
+                }
+                _ => Ok(()),
+            };
         }
         let hosts: Vec<HostId> = self
             .running
@@ -301,14 +306,10 @@ fn destination_record(records: &DurableRecords) -> Result<Option<DestinationReco
     .map_err(|error| format!("the destination's record: {error}"))
 }
 
-/// Pid in a destination's record.
-pub(super) fn process_in(record: Option<Vec<u8>>) -> Option<u32> {
-    let records = DurableRecords {
-        source: None,
-        destination: record,
-    };
-    let record = destination_record(&records).ok()??;
-    Some(record.process?.pid)
+/// Whether the guest is the destination's.
+pub(super) fn is_owned(records: &DurableRecords) -> bool {
+    let record = destination_record(records).ok().flatten();
+    record.is_some_and(|record| matches!(record.state, DestinationState::Owned { .. }))
 }
 
 /// The first difference between two guests.

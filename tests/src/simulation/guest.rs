@@ -9,14 +9,13 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use vmferry_hypervisor::GuestLife;
-use vmferry_proto::geometry::{
-    BLOCK_SIZE, RegionBits, RegionLen, Run, WINDOW_BLOCKS, WindowBits, WindowIndex,
-};
+use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, Run, WINDOW_BLOCKS, WindowBits, WindowIndex};
 use vmferry_proto::spec::RegionKind;
 
 use super::dice::{Dice, mix};
 use super::facts::{Birth, Block, Contents, HostId, Image, VmId, What};
 use super::plan::Flaw;
+use super::tracking::Marks;
 use super::world::{State, World};
 
 /// Steps for which a guest is busy; after them it only ticks, so that long waits cost little.
@@ -27,6 +26,8 @@ const TICK: Duration = Duration::from_secs(2);
 /// What a hypervisor does with the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum VmState {
+    /// It was launched, and waits to be recorded before it becomes a hypervisor.
+    Staged,
     /// It waits for content.
     Incoming,
     /// It stands still.
@@ -60,14 +61,10 @@ pub(super) struct Vm {
     steps: u64,
     /// How often it was started.
     pub(super) starts: u64,
-    pub(super) tracked: bool,
-    dirty: Vec<RegionBits>,
-    /// Taken and not acknowledged.
-    owed: Vec<RegionBits>,
+    /// Dirty marks, which outlive the agents.
+    pub(super) marks: Marks,
     transfers: u64,
     pub(super) in_flight: Vec<Transfer>,
-    /// No record names it, and the agent that launched it is dead.
-    pub(super) orphaned: bool,
     /// Stopped, and its end is not told yet.
     draining: bool,
     pub(super) life: watch::Sender<GuestLife>,
@@ -119,54 +116,25 @@ impl Vm {
         padding.iter().all(|byte| *byte == 0x5a)
     }
 
-    pub(super) fn start_tracking(&mut self) {
-        self.tracked = true;
-        for (dirty, owed) in self.dirty.iter_mut().zip(&mut self.owed) {
-            dirty.fill();
-            owed.clear();
-        }
-    }
-
-    /// Takes and re-arms the marks of a region: dirty blocks, and those of them that are zero.
-    pub(super) fn take_dirty(&mut self, region: usize) -> Option<(RegionBits, RegionBits)> {
-        let (dirty, owed) = (self.dirty.get_mut(region)?, self.owed.get_mut(region)?);
-        owed.union(dirty);
-        dirty.clear();
-        let mut zero = RegionBits::empty(owed.region_len());
-        for (window, bits) in owed.iter() {
-            for block in bits.iter() {
-                let index = block_index(window, block);
-                // A block that a transfer will land in is there already, so it is read.
-                let pinned = |other: &Transfer| (other.region, other.block) == (region, index);
-                if matches!(self.image[region].get(index), Some(None))
-                    && !self.in_flight.iter().any(pinned)
-                {
-                    zero.insert(window, &one(block));
-                }
+    /// Which of these blocks of a window are zero.
+    pub(super) fn zero(&self, region: usize, window: WindowIndex, bits: &WindowBits) -> WindowBits {
+        let mut zero = WindowBits::EMPTY;
+        for block in bits.iter() {
+            let index = block_index(window, block);
+            // A block that a transfer will land in is there already, so it is read.
+            let pinned = |other: &Transfer| (other.region, other.block) == (region, index);
+            if matches!(self.image[region].get(index), Some(None))
+                && !self.in_flight.iter().any(pinned)
+            {
+                zero.insert(block);
             }
         }
-        Some((owed.clone(), zero))
-    }
-
-    pub(super) fn settle(&mut self, region: usize, acknowledged: bool) {
-        let (Some(dirty), Some(owed)) = (self.dirty.get_mut(region), self.owed.get_mut(region))
-        else {
-            return;
-        };
-        if !acknowledged {
-            dirty.union(owed);
-        }
-        owed.clear();
+        zero
     }
 
     fn mark(&mut self, region: usize, block: usize) {
-        if !self.tracked {
-            return;
-        }
         let (window, block) = place(block);
-        if let Some(dirty) = self.dirty.get_mut(region) {
-            dirty.insert(window, &one(block));
-        }
+        self.marks.mark(region, window, &one(block));
     }
 
     fn block_len(&self, region: usize, block: usize) -> usize {
@@ -258,19 +226,16 @@ fn content(stamp: u64, len: usize) -> Block {
     if stamp.is_multiple_of(8) {
         return None;
     }
-    let mut bytes = Vec::with_capacity(len + 8);
+    let mut bytes: Arc<[u8]> = std::iter::repeat_n(0, len).collect();
     let mut word = stamp;
-    while bytes.len() < len {
-        bytes.extend_from_slice(&word.to_le_bytes());
-        // Compressible in part, as memory is.
-        word = if bytes.len() % 64 == 0 {
-            mix(word)
-        } else {
-            word
-        };
+    // Compressible in part, as memory is.
+    for line in Arc::make_mut(&mut bytes).chunks_mut(64) {
+        for eight in line.chunks_mut(8) {
+            eight.copy_from_slice(&word.to_le_bytes()[..eight.len()]);
+        }
+        word = mix(word);
     }
-    bytes.truncate(len);
-    Some(Arc::from(bytes))
+    Some(bytes)
 }
 
 impl State {
@@ -287,27 +252,20 @@ impl State {
                 RegionKind::Memory => empty(*len),
             })
             .collect();
-        let marks = || -> Vec<RegionBits> {
-            let lens = regions.iter().map(|(_, len)| *len);
-            lens.map(RegionBits::empty).collect()
-        };
         let vm = Vm {
             id,
             host,
             state: match birth {
-                Birth::Incoming => VmState::Incoming,
+                Birth::Incoming => VmState::Staged,
                 Birth::Original | Birth::Booted => VmState::Paused,
             },
             image,
             cpu: mix(self.plan.seed ^ u64::from(id.0)),
             steps: 0,
             starts: 0,
-            tracked: false,
-            dirty: marks(),
-            owed: marks(),
+            marks: Marks::new(regions.iter().map(|(_, len)| *len)),
             transfers: 0,
             in_flight: Vec::new(),
-            orphaned: false,
             draining: false,
             life: watch::Sender::new(GuestLife::Alive),
             regions,
@@ -364,7 +322,9 @@ impl State {
         match vm.state {
             VmState::Running => return true,
             VmState::Paused => {}
-            VmState::Incoming | VmState::ShutDown | VmState::Gone => return false,
+            VmState::Staged | VmState::Incoming | VmState::ShutDown | VmState::Gone => {
+                return false;
+            }
         }
         vm.state = VmState::Running;
         vm.draining = false;
@@ -386,7 +346,7 @@ impl State {
         let ran = match vm.state {
             VmState::Running => true,
             VmState::Paused => false,
-            VmState::Incoming | VmState::ShutDown | VmState::Gone => return None,
+            VmState::Staged | VmState::Incoming | VmState::ShutDown | VmState::Gone => return None,
         };
         let starts = vm.starts;
         if ran {

@@ -30,6 +30,8 @@ mod source;
 mod storage;
 mod tally;
 mod target;
+mod tracking;
+mod words;
 mod world;
 
 pub use check::{Broken, Rule};

@@ -101,6 +101,11 @@ impl Network {
         })
     }
 
+    /// The run is over.
+    pub(super) fn close(&self) {
+        lock(&self.inner).sockets.clear();
+    }
+
     /// The endpoint at which the destination's agent listens.
     pub(super) fn listen(
         self: &Arc<Self>,

@@ -30,6 +30,14 @@ pub enum Flaw {
     LyingSync,
     /// The destination's hypervisor drops one write in five hundred.
     LosesWrites,
+    /// The source's driver says which marks it is about to take only once it has them.
+    ForgetsScan,
+    /// The source's hypervisor forgets a bitmap once it was read, before anybody else has what it held.
+    ForgetsBitmap,
+    /// The destination's hypervisor begins before it is recorded, and goes on when its agent dies.
+    BeginsUnrecorded,
+    /// The destination's hypervisor says that what it was given is on its disk, and it is not.
+    ClaimsFlushed,
 }
 
 /// What an effect of an agent belongs to.
@@ -41,11 +49,13 @@ pub enum Class {
     Control,
     /// Memory and disks: each read and write.
     Data,
+    /// What is left for a later agent: each word of it, and each step of its records.
+    Notes,
 }
 
 impl Class {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Journal, Self::Control, Self::Data];
+    pub const ALL: [Self; 4] = [Self::Journal, Self::Control, Self::Data, Self::Notes];
 }
 
 /// What strikes.
@@ -55,6 +65,8 @@ pub enum Strike {
     KillAgent(Duration),
     /// The host's hypervisor of the guest dies.
     KillVm,
+    /// The host's agent is killed with its hypervisor of the guest.
+    KillAgentAndVm(Duration),
     /// The host loses power for this time: agent, hypervisor, and whatever was not synced.
     Power(Duration),
     /// Both agents are killed.
@@ -193,7 +205,49 @@ impl Plan {
         .with_people(dice)
     }
 
-    fn with_strikes(mut self, dice: &mut Dice) -> Self {
+    fn with_strikes(self, dice: &mut Dice) -> Self {
+        let scans = |plan: Self, dice: &mut Dice| plan.with_source_killed_in_scans(dice);
+        let flushes = |plan: Self, dice: &mut Dice| plan.with_destination_killed_in_copy(dice);
+        match self.flaw {
+            // Only where an agent is killed at just that moment do these show.
+            Some(Flaw::ForgetsScan | Flaw::ForgetsBitmap) => scans(self, dice),
+            Some(Flaw::ClaimsFlushed) => flushes(self, dice),
+            Some(_) => self.with_any_strikes(dice),
+            None => match dice.below(10) {
+                0 => scans(self, dice),
+                1 => flushes(self, dice),
+                _ => self.with_any_strikes(dice),
+            },
+        }
+    }
+
+    /// The source's agent is killed several times just behind orders to its hypervisor, most of which take dirty marks.
+    fn with_source_killed_in_scans(mut self, dice: &mut Dice) -> Self {
+        // Until somebody says so it scans again and again.
+        self.wish.limits.cutover = Cutover::Manual;
+        for _ in 0..MAX_STRIKES {
+            self.traps.push(Trap {
+                host: HostId::Alpha,
+                class: Class::Control,
+                nth: dice.between(8, 120),
+                late: true,
+                strike: Strike::KillAgent(dice.millis(1, 2_000)),
+            });
+        }
+        self
+    }
+
+    /// The destination's agent and its hypervisor die together while the disks fill, as a rule with some of it flushed.
+    fn with_destination_killed_in_copy(mut self, dice: &mut Dice) -> Self {
+        // It flushes each second, and the copy must last until then.
+        let at = dice.millis(1_000, 8_000).min(self.quiet);
+        self.wish.limits.cutover = Cutover::Manual;
+        let strike = Strike::KillAgentAndVm(dice.millis(1, 2_000));
+        self.acts.push((at, Act::Strike(HostId::Beta, strike)));
+        self
+    }
+
+    fn with_any_strikes(mut self, dice: &mut Dice) -> Self {
         let count = if dice.chance(100) {
             0
         } else {
@@ -203,16 +257,24 @@ impl Plan {
             let host = dice.pick(&[HostId::Alpha, HostId::Beta]);
             let strike = strike(dice);
             if dice.chance(750) {
-                let class =
-                    dice.pick(&[Class::Journal, Class::Journal, Class::Control, Class::Data]);
+                let class = dice.pick(&[
+                    Class::Journal,
+                    Class::Journal,
+                    Class::Control,
+                    Class::Control,
+                    Class::Data,
+                    Class::Notes,
+                ]);
                 let most = match class {
-                    Class::Journal | Class::Control => 80,
+                    Class::Journal => 80,
+                    Class::Control => 120,
                     Class::Data => 400,
+                    Class::Notes => 1_000,
                 };
                 self.traps.push(Trap {
                     host,
                     class,
-                    nth: dice.between(1, most),
+                    nth: dice.pick(&[dice.clone().between(1, most), dice.clone().spread(1, most)]),
                     late: dice.chance(500),
                     strike,
                 });
@@ -258,10 +320,11 @@ fn strike(dice: &mut Dice) -> Strike {
     let short = dice.millis(1, 30_000);
     match dice.below(100) {
         0..40 => Strike::KillAgent(short),
-        40..46 => Strike::KillBoth(short),
-        46..52 => Strike::KillVm,
-        52..60 => Strike::Power(short),
-        60..80 => Strike::CutLink(dice.millis(50, 120_000)),
+        40..48 => Strike::KillBoth(short),
+        48..53 => Strike::KillVm,
+        53..60 => Strike::KillAgentAndVm(short),
+        60..66 => Strike::Power(short),
+        66..82 => Strike::CutLink(dice.millis(50, 120_000)),
         _ => Strike::Fail,
     }
 }

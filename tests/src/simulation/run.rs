@@ -19,8 +19,7 @@ use vmferry_common::hooks::Hooks;
 use vmferry_common::identity::Identity;
 use vmferry_common::state::StateDir;
 use vmferry_dst::config::GuestFiles;
-use vmferry_dst::{Host, Server};
-use vmferry_hypervisor::SourceGuest;
+use vmferry_dst::{Host, RunFolder, Server};
 use vmferry_proto::ids::GuestName;
 use vmferry_src::local::Command;
 
@@ -31,7 +30,6 @@ use super::facts::{Birth, Fact, HostId, VmId, What};
 use super::guest::{VmState, block_len, empty};
 use super::network::Network;
 use super::plan::{Act, Flaw, Plan};
-use super::source::Source;
 use super::storage::NodeDisk;
 use super::target::SimHypervisors;
 use super::world::{Node, World};
@@ -40,6 +38,8 @@ use super::world::{Node, World};
 pub(super) const GUEST: &str = "web";
 /// The state folder of each host, on its simulated disk.
 pub(super) const STATE: &str = "/state";
+/// The run folder of each host, there too.
+pub(super) const RUN: &str = "/run";
 /// After the last fault all must be settled within this: the longest `--timeout` and two times the ten minutes for which
 /// a lost destination is looked for, with room to spare.
 const SETTLE_LIMIT: Duration = Duration::from_secs(2 * 3600);
@@ -200,19 +200,12 @@ async fn play(plan: Plan, ground: Arc<Ground>) -> Vec<Fact> {
     let limit = run.plan.quiet + SETTLE_LIMIT;
     let settled = tokio::time::timeout(limit, alpha::drive(run.clone())).await;
     let leftovers = run.leftovers().await;
-    if world
-        .state()
-        .vms
-        .iter()
-        .any(|vm| vm.orphaned && vm.is_alive())
-    {
-        world.note("a copy is left that no record names");
-    }
+    // Sockets know their network.
+    run.network.close();
     world.state().tell(What::Settled {
         in_time: settled.is_ok(),
         leftovers,
     });
-    run.remove_folder();
     world.facts()
 }
 
@@ -280,15 +273,7 @@ impl Run {
         &self,
         node: &Node,
     ) -> Result<StateDir, vmferry_common::state::StateError> {
-        StateDir::open_on(Arc::new(NodeDisk(node.clone())), &PathBuf::from(STATE))
-    }
-
-    /// Attaches to the guest of `node`'s host.
-    pub(super) async fn attach(
-        &self,
-        node: &Node,
-    ) -> Result<Box<dyn SourceGuest>, vmferry_hypervisor::GuestError> {
-        Ok(Box::new(Source::attach(node, &self.guest).await?))
+        StateDir::open_on(NodeDisk::state(node), &PathBuf::from(STATE))
     }
 
     /// Says something to the source's program, if one runs and listens.
@@ -298,18 +283,6 @@ impl Run {
             // A program that is about to end hears nothing any more.
             let _ = commands.try_send(command);
         }
-    }
-
-    fn run_dir(&self) -> PathBuf {
-        self.ground
-            .folder
-            .path()
-            .join(format!("run-{:?}", std::thread::current().id()))
-    }
-
-    fn remove_folder(&self) {
-        // Nothing of it is of use; another run of this thread makes it anew.
-        let _ = std::fs::remove_dir_all(self.run_dir());
     }
 
     /// Copies at the destination that nobody owns, once the destination has had the time to remove them.
@@ -328,22 +301,15 @@ impl Run {
     }
 
     fn unowned(&self) -> Vec<VmId> {
-        let facts = self.world.facts();
-        let committed = facts.iter().rev().find_map(|fact| match &fact.what {
-            What::Reported { guest_now, .. } => Some(matches!(
-                guest_now,
-                vmferry_src::report::GuestNow::PausedAtDestination
-            )),
-            _ => None,
-        });
         let mut state = self.world.state();
+        let owned = super::check::is_owned(&state.durable_records(HostId::Beta));
         state
             .vms
             .iter_mut()
-            .filter(|vm| vm.host == HostId::Beta && !vm.orphaned)
+            .filter(|vm| vm.host == HostId::Beta)
             .filter(|vm| match vm.state {
-                VmState::Incoming => true,
-                VmState::Paused => committed != Some(true),
+                VmState::Staged | VmState::Incoming => true,
+                VmState::Paused => !owned,
                 VmState::Running | VmState::ShutDown | VmState::Gone => false,
             })
             .map(|vm| vm.id)
@@ -387,7 +353,10 @@ fn set_up(run: &Run, node: &Node) -> Option<Server> {
         GuestFiles::new(run.ground.folder.path().join("guests")),
         Hooks::new(None, Duration::from_secs(1)),
         run.plan.keep,
-        run.run_dir(),
+        RunFolder {
+            storage: NodeDisk::run(node),
+            path: PathBuf::from(RUN),
+        },
         Arc::new(SimHypervisors(node.clone())),
     );
     let host = match host {

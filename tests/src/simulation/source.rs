@@ -10,11 +10,12 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vmferry_common::process::ProcessIdentity;
+use vmferry_hypervisor::open::Leftovers;
 use vmferry_hypervisor::{
-    GuestError, GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, Settlement,
-    SourceGuest, Taken,
+    GuestError, GuestLife, GuestPaused, MarkLog, PauseError, RegionReader, RegionWriter,
+    Settlement, SourceGuest, Taken, TrackingLeft,
 };
-use vmferry_proto::geometry::{RegionBits, Run};
+use vmferry_proto::geometry::Run;
 use vmferry_proto::handover::RunPermit;
 use vmferry_proto::ids::{GuestName, RegionId};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RegionSpec, RunState};
@@ -22,16 +23,18 @@ use vmferry_proto::spec::{GuestSpec, RegionKind, RegionSpec, RunState};
 use super::facts::VmId;
 use super::guest::{Vm, VmState};
 use super::plan::{Class, Flaw, Plan};
+use super::tracking::Tracking;
 use super::world::{Failed, Node, State};
 
 /// A simulated guest at the source.
 #[derive(Debug)]
 pub(super) struct Source {
-    node: Node,
+    pub(super) node: Node,
     vm: VmId,
-    spec: GuestSpec,
+    pub(super) spec: GuestSpec,
     process: ProcessIdentity,
     life: watch::Receiver<GuestLife>,
+    pub(super) tracking: Tracking,
     /// Count of starts at the pause.
     paused_at: Option<u64>,
 }
@@ -88,7 +91,11 @@ pub(super) fn gone() -> GuestError {
 
 impl Source {
     /// Attaches to the guest of this host.
-    pub(super) async fn attach(node: &Node, name: &GuestName) -> Result<Self, GuestError> {
+    pub(super) async fn attach(
+        node: &Node,
+        name: &GuestName,
+        leftovers: Leftovers,
+    ) -> Result<Self, GuestError> {
         let host = node.host;
         let found = node
             .effect(Class::Control, |state| {
@@ -97,7 +104,10 @@ impl Source {
                 };
                 let vm = state.vms.iter_mut().find(there)?;
                 // What an earlier agent left.
-                vm.tracked = false;
+                match leftovers {
+                    Leftovers::Remove => vm.marks.stop(),
+                    Leftovers::KeepTracking => {}
+                }
                 let (id, life) = (vm.id, vm.life.subscribe());
                 let runs = vm.state == VmState::Running;
                 if state.plan.flaw == Some(Flaw::ResumesAtAttach) {
@@ -116,6 +126,7 @@ impl Source {
         Ok(Self {
             node: node.clone(),
             vm,
+            tracking: Tracking::new(spec.regions.iter().map(|region| region.len)),
             spec,
             process,
             life,
@@ -124,7 +135,7 @@ impl Source {
     }
 
     /// Something with the guest, if its process is there.
-    async fn order<T>(&self, what: impl FnOnce(&mut Vm) -> T) -> Result<T, GuestError> {
+    pub(super) async fn order<T>(&self, what: impl FnOnce(&mut Vm) -> T) -> Result<T, GuestError> {
         let id = self.vm;
         let done = self.node.effect(Class::Control, |state| {
             state.vm(id).filter(|vm| vm.is_alive()).map(what)
@@ -163,32 +174,35 @@ impl SourceGuest for Source {
     }
 
     async fn start_tracking(&mut self) -> Result<(), GuestError> {
-        self.order(Vm::start_tracking).await
+        self.begin_tracking().await
+    }
+
+    fn keep_marks(&mut self, log: Arc<dyn MarkLog>) {
+        self.tracking.keep_marks(log);
+    }
+
+    fn tracking(&self) -> Option<TrackingLeft> {
+        self.tracking.left()
+    }
+
+    async fn resume_tracking(&mut self, left: &TrackingLeft) -> Result<(), GuestError> {
+        self.go_on_tracking(left).await
     }
 
     async fn stop_tracking(&mut self) -> Result<(), GuestError> {
-        match self.order(|vm| vm.tracked = false).await {
-            Err(GuestError::Gone(_)) => Ok(()),
-            done => done,
-        }
+        self.end_tracking().await
     }
 
     async fn take_dirty(&mut self, region: RegionId) -> Result<Taken, GuestError> {
-        let taken = self
-            .order(|vm| vm.take_dirty(usize::from(region.0)))
-            .await?;
-        let (dirty, zero): (RegionBits, RegionBits) = taken.ok_or_else(gone)?;
-        Ok(Taken {
-            dirty,
-            zero,
-            longest_hold: Duration::ZERO,
-        })
+        self.take(region).await
     }
 
     async fn settle(&mut self, region: RegionId, outcome: Settlement) -> Result<(), GuestError> {
-        let acknowledged = outcome == Settlement::Acknowledged;
-        self.order(|vm| vm.settle(usize::from(region.0), acknowledged))
-            .await
+        match outcome {
+            Settlement::Acknowledged => self.acknowledge(region).await,
+            // It is owed already.
+            Settlement::PutBack => Ok(()),
+        }
     }
 
     async fn io_barrier(&mut self) -> Result<Duration, GuestError> {
@@ -204,7 +218,7 @@ impl SourceGuest for Source {
         let state = self.order(|vm| vm.state).await?;
         match state {
             VmState::Running => Ok(RunState::Running),
-            VmState::Paused | VmState::Incoming => Ok(RunState::Paused),
+            VmState::Paused | VmState::Staged | VmState::Incoming => Ok(RunState::Paused),
             VmState::ShutDown | VmState::Gone => Err(GuestError::ShutDown("simulated".to_owned())),
         }
     }
@@ -340,7 +354,11 @@ impl RegionWriter for Region {
 
     async fn flush(&self) -> Result<(), GuestError> {
         let id = self.vm;
-        let flushed = self.node.effect(Class::Data, |state| state.flush(id));
+        let flushed = self.node.effect(Class::Data, |state| {
+            if state.plan.flaw != Some(Flaw::ClaimsFlushed) {
+                state.flush(id);
+            }
+        });
         flushed.await.map_err(refused)
     }
 }

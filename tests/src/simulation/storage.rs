@@ -1,8 +1,9 @@
 //! A host's disk, as its journal sees it.
 //!
 //! Owns what is in the page cache and what is on the platter. A power cut keeps what was synced; of the rest it keeps
-//! whatever the dice say: some of the folder's changes, a beginning of a file. Writes are short. It shows the agents nothing
-//! but `vmferry_common::storage::Storage`.
+//! whatever the dice say: some of the folder's changes, a beginning of a file. Writes are short. Of the run folder it keeps
+//! nothing. A killed agent loses nothing that it stored, and stores nothing more: between any two words of a file as well.
+//! It shows the agents nothing but `vmferry_common::storage::Storage`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -10,11 +11,12 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vmferry_common::storage::{Held, Locked, NewFile, Patience, Storage};
+use vmferry_common::storage::{Held, Locked, NewFile, Patience, Storage, Words};
 
 use super::dice::Dice;
 use super::plan::Class;
-use super::world::{Node, Stop};
+use super::words::{NodeWords, WordFile};
+use super::world::{Node, State, Stop};
 
 #[derive(Debug, Clone, Default)]
 struct Inode {
@@ -32,6 +34,7 @@ pub(super) struct Disk {
     /// Changes of the folder that are not synced.
     unsynced: Vec<(PathBuf, Option<usize>)>,
     locks: BTreeMap<PathBuf, u64>,
+    words: BTreeMap<PathBuf, Arc<WordFile>>,
     lies: bool,
 }
 
@@ -55,15 +58,6 @@ impl Disk {
             .iter()
             .find(|(path, _)| path.extension().is_some_and(|ext| ext == kind))?;
         self.inodes.get(*inode)?.platter.clone()
-    }
-
-    /// The file of this kind as the next agent finds it.
-    pub(super) fn cached(&self, kind: &str) -> Option<Vec<u8>> {
-        let (_, inode) = self
-            .folder
-            .iter()
-            .find(|(path, _)| path.extension().is_some_and(|ext| ext == kind))?;
-        Some(self.inodes.get(*inode)?.cached.clone())
     }
 
     pub(super) fn cut_power(&mut self, dice: &mut Dice) {
@@ -97,20 +91,64 @@ impl Disk {
     }
 }
 
+/// What is kept where.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Folder {
+    /// The state folder: the journal.
+    State,
+    /// The run folder, which a power cut empties.
+    Run,
+}
+
 /// A host's disk in the hands of one life of an agent.
 #[derive(Debug, Clone)]
-pub(super) struct NodeDisk(pub(super) Node);
+pub(super) struct NodeDisk {
+    node: Node,
+    folder: Folder,
+}
 
 impl NodeDisk {
+    /// Where `node` keeps its journal.
+    pub(super) fn state(node: &Node) -> Arc<Self> {
+        Self::of(node, Folder::State)
+    }
+
+    /// Where `node` keeps what it leaves for a later agent.
+    pub(super) fn run(node: &Node) -> Arc<Self> {
+        Self::of(node, Folder::Run)
+    }
+
+    fn of(node: &Node, folder: Folder) -> Arc<Self> {
+        Arc::new(Self {
+            node: node.clone(),
+            folder,
+        })
+    }
+
+    const fn class(&self) -> Class {
+        match self.folder {
+            Folder::State => Class::Journal,
+            Folder::Run => Class::Notes,
+        }
+    }
+
+    const fn disk<'a>(&self, state: &'a mut State) -> &'a mut Disk {
+        let host = state.host(self.node.host);
+        match self.folder {
+            Folder::State => &mut host.disk,
+            Folder::Run => &mut host.run,
+        }
+    }
+
     /// One step. A dead agent is answered with an error, which nothing comes of.
     fn step<T>(&self, what: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
-        let mut state = self.0.world.state();
-        self.0
-            .enter(&mut state, Class::Journal)
+        let mut state = self.node.world.state();
+        self.node
+            .enter(&mut state, self.class())
             .map_err(|stop| failure(&stop))?;
-        let done = what(&mut state.host(self.0.host).disk)?;
-        self.0
-            .leave(&mut state, Class::Journal)
+        let done = what(self.disk(&mut state))?;
+        self.node
+            .leave(&mut state, self.class())
             .map_err(|stop| failure(&stop))?;
         Ok(done)
     }
@@ -162,8 +200,10 @@ impl Storage for NodeDisk {
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         self.step(|disk| {
-            disk.folder.get(path).ok_or_else(missing)?;
-            disk.change(path, None);
+            if disk.words.remove(path).is_none() {
+                disk.folder.get(path).ok_or_else(missing)?;
+                disk.change(path, None);
+            }
             Ok(())
         })
     }
@@ -195,7 +235,7 @@ impl Storage for NodeDisk {
     }
 
     fn lock(&self, path: &Path, _patience: Patience) -> io::Result<Locked> {
-        let epoch = self.0.epoch;
+        let epoch = self.node.epoch;
         let taken = self.step(|disk| {
             let free = disk.locks.get(path) != Some(&epoch);
             disk.locks.insert(path.to_owned(), epoch);
@@ -206,6 +246,34 @@ impl Storage for NodeDisk {
         }
         let (disk, path) = (self.clone(), path.to_owned());
         Ok(Locked::Taken(Box::new(NodeLock { disk, path })))
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        self.step(|disk| {
+            let inside = disk.folder.keys().filter(|file| file.starts_with(path));
+            for file in inside.cloned().collect::<Vec<_>>() {
+                disk.change(&file, None);
+            }
+            disk.words.retain(|file, _| !file.starts_with(path));
+            Ok(())
+        })
+    }
+
+    fn create_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+        let file = self.step(|disk| {
+            let file = WordFile::new(count);
+            disk.words.insert(path.to_owned(), file.clone());
+            Ok(file)
+        })?;
+        Ok(Box::new(NodeWords::new(&self.node, file)))
+    }
+
+    fn open_words(&self, path: &Path, count: usize) -> io::Result<Box<dyn Words>> {
+        let file = self.step(|disk| disk.words.get(path).cloned().ok_or_else(missing))?;
+        if file.len() != count {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(Box::new(NodeWords::new(&self.node, file)))
     }
 }
 
@@ -254,7 +322,7 @@ impl Held for NodeLock {}
 
 impl Drop for NodeLock {
     fn drop(&mut self) {
-        let Node { world, host, epoch } = &self.disk.0;
+        let Node { world, host, epoch } = &self.disk.node;
         let mut state = world.state();
         let locks = &mut state.host(*host).disk.locks;
         if locks.get(&self.path) == Some(epoch) {
@@ -301,6 +369,18 @@ impl Storage for OneFile {
     }
 
     fn lock(&self, _path: &Path, _patience: Patience) -> io::Result<Locked> {
+        Err(read_only())
+    }
+
+    fn remove_folder(&self, _path: &Path) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn create_words(&self, _path: &Path, _count: usize) -> io::Result<Box<dyn Words>> {
+        Err(read_only())
+    }
+
+    fn open_words(&self, _path: &Path, _count: usize) -> io::Result<Box<dyn Words>> {
         Err(read_only())
     }
 }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use vmferry_src::report::GuestNow;
 
 use super::facts::{Birth, Fact, What};
+use super::world::STAGED;
 
 /// The end of a run in words, and what was met on the way.
 pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
@@ -27,6 +28,9 @@ pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
                 last = Some((*outcome, *guest_now));
             }
             What::Ended { fault: true, .. } => meet("hypervisor died"),
+            What::Ended { how: STAGED, .. } => {
+                meet("launched, and its agent killed before it was recorded");
+            }
             What::Appeared {
                 birth: Birth::Booted,
                 ..
@@ -62,13 +66,37 @@ fn meet_note(text: &str, meet: &mut impl FnMut(&'static str)) {
         ("fault at Beta: CutLink", "link cut"),
         ("fault at Alpha: Fail", "an order or a disk failed"),
         ("fault at Beta: Fail", "an order or a disk failed"),
+        (
+            "fault at Alpha: KillAgentAndVm",
+            "agent and hypervisor killed",
+        ),
+        (
+            "fault at Beta: KillAgentAndVm",
+            "agent and hypervisor killed",
+        ),
+        (
+            "an agent before this one was killed in the copy: going on",
+            "gone on with the source's ledger",
+        ),
+        (
+            "an agent before this one was killed and cannot be gone on with",
+            "copy begun again, its ledger of no use",
+        ),
+        (
+            "the destination's agent fills its copy on",
+            "gone on with the destination's copy",
+        ),
+        (
+            "the destination's agent keeps the disk of its copy",
+            "gone on with the disks that the destination flushed",
+        ),
+        (
+            "the destination's agent takes its loaded copy again",
+            "started by a later agent",
+        ),
         ("the source's agent finds COMMITTING", "restarted in doubt"),
         ("the source's agent finds PAUSING", "restarted while paused"),
         ("Cancel", "cancelled by hand"),
-        (
-            "a copy is left that no record names",
-            "copy launched and lost sight of (known gap)",
-        ),
     ] {
         if text.starts_with(begins) {
             meet(word);

@@ -7,9 +7,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use vmferry_common::process::ProcessIdentity;
-use vmferry_hypervisor::config::TargetConfig;
-use vmferry_hypervisor::open::{Hypervisors, TargetOptions};
-use vmferry_hypervisor::{GuestError, GuestLife, RegionWriter, StartError, TargetGuest};
+use vmferry_hypervisor::config::{SourceConfig, TargetConfig};
+use vmferry_hypervisor::launch::LaunchJournal;
+use vmferry_hypervisor::open::{CopyLeft, Hypervisors, Leftovers, Reopening, TargetOptions};
+use vmferry_hypervisor::{
+    GuestError, GuestLife, RegionWriter, SourceGuest, StartError, TargetGuest,
+};
 use vmferry_proto::handover::RunPermit;
 use vmferry_proto::ids::{Incarnation, RegionId};
 use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
@@ -17,7 +20,7 @@ use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 use super::facts::{Birth, VmId, What};
 use super::guest::VmState;
 use super::plan::{Class, Flaw};
-use super::source::{Region, gone, process, refused};
+use super::source::{Region, Source, gone, process, refused};
 use super::world::{Failed, Node, State};
 
 /// The hypervisors of a host, in the hands of one life of its agent.
@@ -33,10 +36,32 @@ struct Target {
     incarnations: Vec<Incarnation>,
     process: ProcessIdentity,
     life: watch::Receiver<GuestLife>,
+    journal: Arc<dyn LaunchJournal>,
 }
 
 impl Target {
-    async fn make(node: &Node, spec: &GuestSpec) -> Result<Self, GuestError> {
+    /// Launches a process, has it recorded and lets it go.
+    async fn make(
+        node: &Node,
+        spec: &GuestSpec,
+        journal: Arc<dyn LaunchJournal>,
+    ) -> Result<Self, GuestError> {
+        let made = Self::launch(node, spec, journal).await?;
+        match made.begin().await {
+            Ok(()) => Ok(made),
+            Err(error) => {
+                // A driver ends what it launched and cannot use.
+                made.end_unasked();
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch(
+        node: &Node,
+        spec: &GuestSpec,
+        journal: Arc<dyn LaunchJournal>,
+    ) -> Result<Self, GuestError> {
         let made = node
             .effect(Class::Control, |state| {
                 let vm = state.new_vm(node.host, Birth::Incoming);
@@ -45,6 +70,9 @@ impl Target {
                 Some((vm, process(state, vm), life?))
             })
             .await;
+        if made.is_err() && node.is_alive() {
+            node.world.state().end_staged(node.host);
+        }
         let (vm, process, life) = made.map_err(refused)?.ok_or_else(gone)?;
         Ok(Self {
             node: node.clone(),
@@ -55,6 +83,69 @@ impl Target {
             spec: spec.clone(),
             process,
             life,
+            journal,
+        })
+    }
+
+    /// What was launched becomes a hypervisor, once it is recorded.
+    async fn begin(&self) -> Result<(), GuestError> {
+        let recorded = self.journal.record(&self.process).await?;
+        if !recorded.names(&self.process) {
+            return Err(gone());
+        }
+        let began = self.order(|state, id| {
+            let vm = state.vm(id).filter(|vm| vm.state == VmState::Staged)?;
+            vm.state = VmState::Incoming;
+            Some(())
+        });
+        began.await?.ok_or_else(gone)
+    }
+
+    /// Nobody but the operating system takes part.
+    fn end_unasked(&self) {
+        if self.node.is_alive() {
+            let mut state = self.node.world.state();
+            state.end_vm(self.vm, "discarded", false);
+        }
+    }
+
+    /// Attaches to the copy that an earlier agent left, if it is in the state that it is wanted in.
+    async fn take_again(
+        node: &Node,
+        spec: &GuestSpec,
+        left: &CopyLeft,
+        journal: Arc<dyn LaunchJournal>,
+    ) -> Result<Self, GuestError> {
+        let fits: fn(VmState) -> bool = match left.purpose {
+            Reopening::Fill => |state| state == VmState::Incoming,
+            Reopening::Start => |state| matches!(state, VmState::Paused | VmState::Running),
+        };
+        let found = node
+            .effect(Class::Control, |state| {
+                let vm = of_process(state, &left.process)?;
+                let found = state.vm(vm)?;
+                Some((vm, found.state, found.life.subscribe()))
+            })
+            .await;
+        let (vm, state, life) = found.map_err(refused)?.ok_or_else(gone)?;
+        if !fits(state) {
+            return Err(GuestError::Refused {
+                command: "attaching again".to_owned(),
+                answer: format!("it is {state:?}"),
+            });
+        }
+        node.world.note(match left.purpose {
+            Reopening::Fill => "the destination's agent fills its copy on",
+            Reopening::Start => "the destination's agent takes its loaded copy again",
+        });
+        Ok(Self {
+            node: node.clone(),
+            vm,
+            spec: spec.clone(),
+            incarnations: left.incarnations.clone(),
+            process: left.process.clone(),
+            life,
+            journal,
         })
     }
 
@@ -104,6 +195,15 @@ impl TargetGuest for Target {
         self.incarnations.clone()
     }
 
+    fn keep_incarnation(&mut self, region: RegionId, incarnation: Incarnation) {
+        if let Some(slot) = self.incarnations.get_mut(usize::from(region.0)) {
+            *slot = incarnation;
+            self.node
+                .world
+                .note("the destination's agent keeps the disk of its copy");
+        }
+    }
+
     async fn flush(&mut self) -> Result<(), GuestError> {
         Ok(self.order(State::flush).await?)
     }
@@ -150,7 +250,7 @@ impl TargetGuest for Target {
 
     async fn renew(&mut self) -> Result<(), GuestError> {
         self.discard().await?;
-        let mut fresh = Self::make(&self.node, &self.spec).await?;
+        let mut fresh = Self::make(&self.node, &self.spec, self.journal.clone()).await?;
         let kept = self.spec.regions.iter().zip(&self.incarnations);
         for ((region, before), now) in kept.zip(&mut fresh.incarnations) {
             if region.kind == RegionKind::Disk {
@@ -182,13 +282,35 @@ fn of_process(state: &mut State, wanted: &ProcessIdentity) -> Option<VmId> {
 
 #[async_trait]
 impl Hypervisors for SimHypervisors {
+    async fn open_source(
+        &self,
+        config: &SourceConfig,
+        leftovers: Leftovers,
+    ) -> Result<Box<dyn SourceGuest>, GuestError> {
+        let found = Source::attach(&self.0, &config.name, leftovers).await?;
+        Ok(Box::new(found))
+    }
+
     async fn open_target(
         &self,
         _config: &TargetConfig,
         spec: &GuestSpec,
-        _options: &TargetOptions,
+        options: &TargetOptions,
     ) -> Result<Box<dyn TargetGuest>, GuestError> {
-        Ok(Box::new(Target::make(&self.0, spec).await?))
+        let journal = options.journal.clone();
+        Ok(Box::new(Target::make(&self.0, spec, journal).await?))
+    }
+
+    async fn reopen_target(
+        &self,
+        _config: &TargetConfig,
+        spec: &GuestSpec,
+        options: &TargetOptions,
+        left: &CopyLeft,
+    ) -> Result<Box<dyn TargetGuest>, GuestError> {
+        let journal = options.journal.clone();
+        let found = Target::take_again(&self.0, spec, left, journal).await?;
+        Ok(Box::new(found))
     }
 
     fn is_alive(&self, process: &ProcessIdentity) -> bool {

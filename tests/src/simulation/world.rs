@@ -19,6 +19,9 @@ use super::guest::{Vm, VmState};
 use super::plan::{Class, Flaw, Link, Plan, Strike};
 use super::storage::Disk;
 
+/// How a hypervisor ends that was launched and not let go.
+pub(super) const STAGED: &str = "its agent died before it was let go";
+
 /// One of the two hosts.
 #[derive(Debug)]
 pub(super) struct Host {
@@ -30,9 +33,11 @@ pub(super) struct Host {
     /// Power cuts so far, as the boot id tells.
     boots: u32,
     /// Effects so far, by class.
-    counts: [u64; 3],
+    counts: [u64; Class::ALL.len()],
     /// Journal.
     pub(super) disk: Disk,
+    /// The run folder.
+    pub(super) run: Disk,
     /// The guest's disk images as they are on the platter, by region.
     pub(super) images: super::facts::Image,
 }
@@ -84,8 +89,9 @@ impl World {
             lives: 0,
             ready_at: Duration::ZERO,
             boots: 0,
-            counts: [0; 3],
+            counts: [0; Class::ALL.len()],
             disk: Disk::new(plan.flaw == Some(Flaw::LyingSync)),
+            run: Disk::default(),
             images: Vec::new(),
         };
         Arc::new(Self {
@@ -237,6 +243,10 @@ impl State {
                 self.kill_agent(HostId::Beta, down / 2);
             }
             Strike::KillVm => self.kill_vms(host, "killed"),
+            Strike::KillAgentAndVm(down) => {
+                self.kill_agent(host, down);
+                self.kill_vms(host, "killed");
+            }
             Strike::Power(down) => self.cut_power(host, down),
             Strike::CutLink(time) => self.cut_until = self.cut_until.max(self.now + time),
             // It is the effect's own.
@@ -246,25 +256,21 @@ impl State {
 
     fn kill_agent(&mut self, host: HostId, down: Duration) {
         let ready_at = self.now + down;
-        self.orphan(host);
+        self.end_staged(host);
         let host = self.host(host);
         host.epoch = None;
         host.ready_at = host.ready_at.max(ready_at);
     }
 
-    /// A copy whose process no record names yet is lost sight of when its agent dies: the gap between the launch of a hypervisor
-    /// and the record of its process, which the agents do not close.
-    fn orphan(&mut self, host: HostId) {
-        if host != HostId::Beta {
+    /// What was launched and not let go ends with the agent that launched it.
+    pub(super) fn end_staged(&mut self, host: HostId) {
+        if self.plan.flaw == Some(Flaw::BeginsUnrecorded) {
             return;
         }
-        let recorded = self.host(host).disk.cached("destination");
-        let recorded = super::check::process_in(recorded);
-        let waits = |vm: &&mut Vm| vm.host == host && vm.state == VmState::Incoming;
-        for vm in self.vms.iter_mut().filter(waits) {
-            if recorded != Some(1000 + vm.id.0) {
-                vm.orphaned = true;
-            }
+        let staged = |vm: &&Vm| vm.host == host && vm.state == VmState::Staged;
+        let staged: Vec<VmId> = self.vms.iter().filter(staged).map(|vm| vm.id).collect();
+        for id in staged {
+            self.end_vm(id, STAGED, false);
         }
     }
 
@@ -292,6 +298,7 @@ impl State {
         let this = self.host(host);
         this.boots += 1;
         this.disk.cut_power(&mut dice);
+        this.run = Disk::default();
         self.dice = dice;
     }
 
@@ -424,7 +431,7 @@ impl State {
     /// How long an effect takes: mostly no time that a clock of milliseconds shows.
     const fn takes(&mut self, class: Class) -> Duration {
         let per_mille = match class {
-            Class::Journal => 0,
+            Class::Journal | Class::Notes => 0,
             Class::Control => 300,
             Class::Data => 20,
         };
