@@ -14,8 +14,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmferry_common::budget::SendBudget;
-use vmferry_common::buffers::FrameBuffers;
-use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder};
+use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder, EncoderPool};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
@@ -188,7 +187,7 @@ impl Lanes {
         failed: &mpsc::UnboundedSender<LaneFailed>,
     ) -> Self {
         let moved = Arc::new(Notify::new());
-        let buffers: Arc<FrameBuffers> = Arc::default();
+        let pool: Arc<EncoderPool> = Arc::default();
         let workers = workers();
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let mut start_one = |sender: LaneSender| {
@@ -200,7 +199,7 @@ impl Lanes {
             let worker = Worker {
                 lane: sender.lane(),
                 sender,
-                encoder: Encoder::with_buffers(buffers.clone()),
+                encoder: Encoder::of(pool.clone()),
                 budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),

@@ -18,7 +18,7 @@ const ALIGNMENT: usize = 64;
 
 /// Buffers that were lent, each as large as the largest payload.
 #[derive(Debug, Default)]
-pub struct FrameBuffers {
+pub(crate) struct FrameBuffers {
     lent: Mutex<VecDeque<Bytes>>,
 }
 

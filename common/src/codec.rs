@@ -5,7 +5,7 @@
 //! copied before it came here and is copied at most once more, and a peer cannot make the decoder produce
 //! more bytes than the checked header announced.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -129,24 +129,58 @@ pub struct Blocks<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Encodes windows; one per worker, since it keeps zstd's context and its working memory.
-pub struct Encoder {
-    zstd: Option<(i32, Compressor<'static>)>,
-    /// The non-zero blocks of the frame at hand.
-    raw: BytesMut,
-    /// Where `raw` comes from, and goes when it is lent to the transport.
-    buffers: Arc<FrameBuffers>,
-    /// What zstd made of them.
+/// zstd's context and its working memory: megabytes at the higher levels.
+struct Press {
+    level: i32,
+    compressor: Compressor<'static>,
     packed: Vec<u8>,
 }
 
-impl std::fmt::Debug for Encoder {
+/// What encoders share: as much of it exists as is in use at once, however many there are of them.
+#[derive(Default)]
+pub struct EncoderPool {
+    buffers: FrameBuffers,
+    presses: Mutex<Vec<Press>>,
+}
+
+impl std::fmt::Debug for EncoderPool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let level = self.zstd.as_ref().map(|(level, _)| *level);
-        f.debug_struct("Encoder")
-            .field("level", &level)
+        f.debug_struct("EncoderPool")
+            .field("buffers", &self.buffers)
             .finish_non_exhaustive()
     }
+}
+
+impl EncoderPool {
+    /// One that is free, set to `level`.
+    fn press(&self, level: i32) -> std::io::Result<Press> {
+        let free = self.presses().pop();
+        match free {
+            Some(press) if press.level == level => Ok(press),
+            Some(mut press) => {
+                press.compressor.set_compression_level(level)?;
+                Ok(Press { level, ..press })
+            }
+            None => Ok(Press {
+                level,
+                compressor: new_compressor(level)?,
+                packed: Vec::new(),
+            }),
+        }
+    }
+
+    fn presses(&self) -> MutexGuard<'_, Vec<Press>> {
+        self.presses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Encodes windows; one per worker.
+#[derive(Debug)]
+pub struct Encoder {
+    /// The non-zero blocks of the frame at hand.
+    raw: BytesMut,
+    /// Where `raw` comes from, and goes when it is lent to the transport.
+    pool: Arc<EncoderPool>,
 }
 
 impl Default for Encoder {
@@ -156,20 +190,18 @@ impl Default for Encoder {
 }
 
 impl Encoder {
-    /// An encoder with buffers of its own; zstd is set up with the first frame that wants it.
+    /// An encoder with a pool of its own; zstd is set up with the first frame that wants it.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_buffers(Arc::default())
+        Self::of(Arc::default())
     }
 
-    /// An encoder whose payloads come from `buffers`, and go back there when they were sent.
+    /// An encoder whose memory comes from `pool`, and goes back there when what it made was sent.
     #[must_use]
-    pub fn with_buffers(buffers: Arc<FrameBuffers>) -> Self {
+    pub fn of(pool: Arc<EncoderPool>) -> Self {
         Self {
-            zstd: None,
             raw: BytesMut::new(),
-            buffers,
-            packed: Vec::new(),
+            pool,
         }
     }
 
@@ -187,7 +219,7 @@ impl Encoder {
     /// until the caller fills it has no meaning.
     pub fn room(&mut self, len: usize) -> &mut [u8] {
         if self.raw.capacity() < len {
-            self.raw = self.buffers.take();
+            self.raw = self.pool.buffers.take();
         }
         // Clears only what is longer than the frame before.
         self.raw.resize(len, 0);
@@ -228,7 +260,7 @@ impl Encoder {
         };
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
-            drop(self.buffers.lend(std::mem::take(&mut self.raw)));
+            drop(self.pool.buffers.lend(std::mem::take(&mut self.raw)));
         }
         Ok(Encoded {
             window: blocks.window,
@@ -247,7 +279,7 @@ impl Encoder {
         if self.raw.is_empty() {
             Bytes::new()
         } else if self.raw.len() >= self.raw.capacity() / 2 {
-            self.buffers.lend(std::mem::take(&mut self.raw))
+            self.pool.buffers.lend(std::mem::take(&mut self.raw))
         } else {
             Bytes::copy_from_slice(&self.raw)
         }
@@ -276,26 +308,26 @@ impl Encoder {
     }
 
     /// `None` where it would not get smaller.
-    fn compress(&mut self, level: i32) -> Result<Option<Bytes>, CodecError> {
+    fn compress(&self, level: i32) -> Result<Option<Bytes>, CodecError> {
         let setup = |source| CodecError::Setup { level, source };
-        let compressor = match self.zstd.take() {
-            Some((same, compressor)) if same == level => compressor,
-            _ => new_compressor(level).map_err(setup)?,
-        };
-        let (_, compressor) = self.zstd.insert((level, compressor));
-        self.packed.clear();
+        let mut press = self.pool.press(level).map_err(setup)?;
+        press.packed.clear();
         // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
-        self.packed
+        press
+            .packed
             .reserve(zstd::zstd_safe::compress_bound(self.raw.len()));
-        let len = compressor
-            .compress_to_buffer(&self.raw, &mut self.packed)
+        let len = press
+            .compressor
+            .compress_to_buffer(&self.raw, &mut press.packed)
             .map_err(setup)?;
-        let packed = self
+        let packed = press
             .packed
             .get(..len)
-            .filter(|packed| packed.len() < self.raw.len());
-        // A buffer of just its length: what waits in queues is counted by payload.
-        Ok(packed.map(Bytes::copy_from_slice))
+            .filter(|packed| packed.len() < self.raw.len())
+            // A buffer of just its length: what waits in queues is counted by payload.
+            .map(Bytes::copy_from_slice);
+        self.pool.presses().push(press);
+        Ok(packed)
     }
 }
 

@@ -5,7 +5,7 @@
 //! know what a migration is: order and decisions belong to `vmferry-proto` and the agents.
 
 pub mod budget;
-pub mod buffers;
+mod buffers;
 pub mod causes;
 pub mod codec;
 pub mod compress;
