@@ -27,6 +27,8 @@ const MOST_SKIPPED: u32 = 32;
 const MIN_RATIO: f64 = 1.1;
 /// Expected gain at which compression is turned on; off needs no gain, so that it does not flap.
 const GAIN_ON: f64 = 1.15;
+/// What raw has to gain to be better: less on the wire is worth something too.
+const GAIN_RAW: f64 = 1.05;
 /// Share of an interval for which senders waited for the link, from which on the link is the bottleneck.
 const LINK_BOUND: f64 = 0.3;
 /// The same from which on a higher level is tried.
@@ -265,7 +267,7 @@ impl CompressPolicy {
 
     fn judge_yardstick(&mut self, now: Duration, goodput: f64, rung: usize, packed: f64) {
         self.look(now, goodput);
-        if goodput >= packed {
+        if goodput > packed * GAIN_RAW {
             self.rest(now);
             return;
         }
@@ -418,7 +420,7 @@ mod tests {
                         / (self.ratio_tenths + rung * u64::from(self.ratio_tenths > 10));
                     self.policy.on_compressed(
                         FRAME,
-                        payload as usize,
+                        usize::try_from(payload).unwrap(),
                         Duration::from_secs_f64(time),
                     );
                     packing += time;
