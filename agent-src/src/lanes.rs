@@ -18,6 +18,7 @@ use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder, EncoderPool};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
+use vmferry_common::sent::SentBlocks;
 use vmferry_hypervisor::{GuestError, RegionReader};
 use vmferry_proto::frame::FrameHeader;
 use vmferry_proto::geometry::{RegionLen, WindowRef};
@@ -67,6 +68,7 @@ fn workers() -> usize {
 pub struct LaneCounters {
     wire_bytes: AtomicU64,
     zero_blocks: AtomicU64,
+    unchanged_blocks: AtomicU64,
     raw_bytes: AtomicU64,
     waited_ns: AtomicU64,
     began: Instant,
@@ -90,6 +92,7 @@ impl LaneCounters {
         Self {
             wire_bytes: AtomicU64::new(0),
             zero_blocks: AtomicU64::new(0),
+            unchanged_blocks: AtomicU64::new(0),
             raw_bytes: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
             began: Instant::now(),
@@ -138,6 +141,12 @@ impl LaneCounters {
     #[must_use]
     pub fn zero(&self) -> u64 {
         self.zero_blocks.load(Ordering::Relaxed)
+    }
+
+    /// Blocks that were dirtied and not sent, since they were as before.
+    #[must_use]
+    pub fn unchanged(&self) -> u64 {
+        self.unchanged_blocks.load(Ordering::Relaxed)
     }
 }
 
@@ -188,7 +197,7 @@ impl Lanes {
     ) -> Self {
         let moved = Arc::new(Notify::new());
         let pool: Arc<EncoderPool> = Arc::default();
-        let workers = workers();
+        let (workers, lanes) = (workers(), senders.len());
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let mut start_one = |sender: LaneSender| {
             let budget = budgets
@@ -200,6 +209,7 @@ impl Lanes {
                 lane: sender.lane(),
                 sender,
                 encoder: Encoder::of(pool.clone()),
+                sent: SentBlocks::of_one(lanes),
                 budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
@@ -267,6 +277,7 @@ struct Worker {
     lane: Lane,
     sender: LaneSender,
     encoder: Encoder,
+    sent: SentBlocks,
     budget: Arc<SendBudget>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
@@ -324,7 +335,9 @@ impl Worker {
             bytes: &[],
         };
         let level = self.counters.compress().0.next_level();
-        let encoded = self.encoder.encode_filled(&blocks, level)?;
+        let encoded = self
+            .encoder
+            .encode_filled(&blocks, level, Some(&mut self.sent))?;
         if let Some(time) = encoded.compress_time {
             let mut compress = self.counters.compress();
             compress
@@ -349,7 +362,11 @@ impl Worker {
         self.counters
             .wire_bytes
             .fetch_add(on_wire, Ordering::Relaxed);
+        let unchanged = u64::from(encoded.unchanged.count());
         self.counters.zero_blocks.fetch_add(zero, Ordering::Relaxed);
+        self.counters
+            .unchanged_blocks
+            .fetch_add(unchanged, Ordering::Relaxed);
         self.counters
             .raw_bytes
             .fetch_add(u64::from(encoded.raw_len), Ordering::Relaxed);

@@ -58,6 +58,7 @@ pub(crate) fn summarise(
     report.wire_bytes = ended.sent.wire_bytes;
     report.zero_blocks = ended.sent.zero_blocks;
     report.resent_blocks = ended.sent.resent_blocks;
+    report.unchanged_blocks = ended.sent.unchanged_blocks;
     report.device_state_bytes = stats.device_state_bytes;
     report.guest_stall_ms = Millis(stats.longest_hold);
     report.barrier_stall_ms = Millis(stats.longest_barrier);

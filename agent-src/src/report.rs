@@ -68,6 +68,8 @@ pub struct Report {
     pub zero_blocks: u64,
     /// Blocks of 4 KiB that were sent more than once.
     pub resent_blocks: u64,
+    /// Blocks of 4 KiB that were dirtied and not sent again, since their content was what had been sent before.
+    pub unchanged_blocks: u64,
     /// Size of the device state.
     pub device_state_bytes: u64,
     /// Longest time for which the copy held the running guest at a time: scan, re-arm, barrier.
@@ -225,6 +227,7 @@ impl Report {
             wire_bytes: 0,
             zero_blocks: 0,
             resent_blocks: 0,
+            unchanged_blocks: 0,
             device_state_bytes: 0,
             guest_stall_ms: Millis::default(),
             barrier_stall_ms: Millis::default(),

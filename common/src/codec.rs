@@ -19,6 +19,7 @@ use zstd::zstd_safe::CParameter;
 
 use crate::buffers::FrameBuffers;
 use crate::digest;
+use crate::sent::{SentBlocks, SentWindow};
 
 /// What all blocks are compared with.
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
@@ -82,6 +83,8 @@ pub struct Encoded {
     pub present: WindowBits,
     /// Those that are zero.
     pub zero: WindowBits,
+    /// Blocks that were given and are not in the frame: they are as they were sent before.
+    pub unchanged: WindowBits,
     /// Encoding of the payload.
     pub encoding: Encoding,
     /// Bytes of the blocks that are not zero.
@@ -212,7 +215,7 @@ impl Encoder {
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         self.room(blocks.bytes.len()).copy_from_slice(blocks.bytes);
-        self.encode_filled(blocks, level)
+        self.encode_filled(blocks, level, None)
     }
 
     /// Room for the bytes of the blocks that [`encode_filled`](Self::encode_filled) is then called for. What is in it
@@ -227,21 +230,22 @@ impl Encoder {
     }
 
     /// As [`encode`](Self::encode), of what was filled into [`room`](Self::room): where no block is zero, nothing is
-    /// copied any more. `blocks.bytes` is not looked at.
+    /// copied any more. `blocks.bytes` is not looked at. With `sent`, blocks that are as they were sent before are left out.
     pub fn encode_filled(
         &mut self,
         blocks: &Blocks<'_>,
         level: Option<i32>,
+        sent: Option<&mut SentBlocks>,
     ) -> Result<Encoded, CodecError> {
-        let zero = self.compact(blocks)?;
-        self.finish(blocks, zero, level)
+        let kept = self.compact(blocks, sent)?;
+        self.finish(blocks, kept, level)
     }
 
     /// Makes the frame of what is in `raw`.
     fn finish(
         &mut self,
         blocks: &Blocks<'_>,
-        zero: WindowBits,
+        kept: Kept,
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
@@ -264,8 +268,9 @@ impl Encoder {
         }
         Ok(Encoded {
             window: blocks.window,
-            present: blocks.read.or(&blocks.known_zero),
-            zero,
+            present: blocks.read.or(&blocks.known_zero).minus(&kept.unchanged),
+            zero: kept.zero,
+            unchanged: kept.unchanged,
             encoding,
             raw_len,
             digest,
@@ -285,16 +290,30 @@ impl Encoder {
         }
     }
 
-    /// Moves the non-zero blocks of `raw` together, and says which are zero.
-    fn compact(&mut self, blocks: &Blocks<'_>) -> Result<WindowBits, CodecError> {
+    /// Moves the blocks of `raw` that have to go together: those that are neither zero nor as before.
+    fn compact(
+        &mut self,
+        blocks: &Blocks<'_>,
+        sent: Option<&mut SentBlocks>,
+    ) -> Result<Kept, CodecError> {
         check_blocks(blocks, self.raw.len())?;
-        let mut zero = blocks.known_zero.minus(&blocks.read);
+        let mut before = sent.map(|sent| sent.window(blocks.window));
+        let mut kept = Kept::default();
+        for block in blocks.known_zero.minus(&blocks.read).iter() {
+            kept.put_zero(block, &mut before);
+        }
         let (mut from, mut to) = (0, 0);
         for block in blocks.read.iter() {
             let len = blocks.region.block_len(blocks.window.window, block) as usize;
             // Never past the end: the sum of all lengths was compared.
-            if self.raw.get(from..from + len).is_some_and(is_zero) {
-                zero.insert(block);
+            let content = self.raw.get(from..from + len).unwrap_or_default();
+            if is_zero(content) {
+                kept.put_zero(block, &mut before);
+            } else if before
+                .as_mut()
+                .is_some_and(|before| before.is_as_before(block, content))
+            {
+                kept.unchanged.insert(block);
             } else {
                 if from != to {
                     self.raw.copy_within(from..from + len, to);
@@ -304,7 +323,7 @@ impl Encoder {
             from += len;
         }
         self.raw.truncate(to);
-        Ok(zero)
+        Ok(kept)
     }
 
     /// `None` where it would not get smaller.
@@ -328,6 +347,26 @@ impl Encoder {
             .map(Bytes::copy_from_slice);
         self.pool.presses().push(press);
         Ok(packed)
+    }
+}
+
+/// What became of the blocks whose bytes do not go.
+#[derive(Debug, Clone, Copy, Default)]
+struct Kept {
+    zero: WindowBits,
+    unchanged: WindowBits,
+}
+
+impl Kept {
+    fn put_zero(&mut self, block: u32, before: &mut Option<SentWindow<'_>>) {
+        let as_before = before
+            .as_mut()
+            .is_some_and(|before| before.is_zero_as_before(block));
+        if as_before {
+            self.unchanged.insert(block);
+        } else {
+            self.zero.insert(block);
+        }
     }
 }
 
@@ -494,7 +533,7 @@ mod tests {
             let mut encoder = Encoder::new();
             encoder.room(MAX_FRAME_PAYLOAD as usize).fill(0xdd);
             encoder.room(bytes.len()).copy_from_slice(&bytes);
-            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level).unwrap();
+            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level, None).unwrap();
             prop_assert_eq!(filled.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
             prop_assert_eq!(&filled.payload, &encoded.payload);
             let header = encoded.header(FrameSeq(1));
@@ -650,7 +689,7 @@ mod tests {
         encoder.encode(&blocks(&bytes), None).unwrap();
         assert!(encoder.encode(&blocks(&bytes[1..]), None).is_err());
         encoder.room(bytes.len() - 1).copy_from_slice(&bytes[1..]);
-        assert!(encoder.encode_filled(&blocks(&[]), None).is_err());
+        assert!(encoder.encode_filled(&blocks(&[]), None, None).is_err());
         let all = Blocks {
             read: WindowBits::EMPTY,
             known_zero: WindowBits::FULL,
@@ -660,5 +699,48 @@ mod tests {
             encoder.encode(&all, None).is_err(),
             "too many blocks for a frame"
         );
+    }
+
+    proptest! {
+        /// Frames of one window, one after the other: what is left out of one is there from those before.
+        #[test]
+        fn what_is_left_out_is_there_already(
+            passes in prop::collection::vec(
+                prop::collection::btree_map(0u32..40, (0u8..3, 0u64..2), 1..40), 1..6
+            ),
+        ) {
+            let mut encoder = Encoder::new();
+            let mut decoder = Decoder::new();
+            let mut sent = SentBlocks::of_one(1);
+            let mut there: std::collections::BTreeMap<u32, Vec<u8>> = std::collections::BTreeMap::new();
+            for pass in passes {
+                let content = pass.iter().map(|(at, (kind, seed))| (*at, block(*kind, *seed, 4096)));
+                let content: std::collections::BTreeMap<u32, Vec<u8>> = content.collect();
+                let mut read = WindowBits::EMPTY;
+                for at in content.keys() {
+                    read.insert(*at);
+                }
+                let bytes: Vec<u8> = content.values().flatten().copied().collect();
+                let blocks = Blocks { window: WINDOW, region: REGION, read, known_zero: WindowBits::EMPTY, bytes: &[] };
+                encoder.room(bytes.len()).copy_from_slice(&bytes);
+                let encoded = encoder.encode_filled(&blocks, Some(1), Some(&mut sent)).unwrap();
+                let header = encoded.header(FrameSeq(1));
+                header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
+                for (at, new) in &content {
+                    prop_assert_eq!(encoded.unchanged.contains(*at), there.get(at) == Some(new));
+                    prop_assert_eq!(encoded.present.contains(*at), !encoded.unchanged.contains(*at));
+                }
+                let raw = decoder.decode(&header, &encoded.payload).unwrap();
+                for (at, bytes) in header.data_blocks().iter().zip(raw.chunks(4096)) {
+                    there.insert(at, bytes.to_vec());
+                }
+                for at in header.zero.iter() {
+                    there.insert(at, vec![0; 4096]);
+                }
+                for (at, new) in &content {
+                    prop_assert_eq!(there.get(at), Some(new));
+                }
+            }
+        }
     }
 }

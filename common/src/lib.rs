@@ -23,6 +23,7 @@ pub mod ownership;
 pub mod pace;
 pub mod phase;
 pub mod process;
+pub mod sent;
 mod socket;
 pub mod state;
 pub mod storage;

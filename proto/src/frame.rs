@@ -131,7 +131,10 @@ pub enum FrameError {
         window: WindowIndex,
     },
     /// A frame without or with too many blocks.
-    #[error("{got} blocks in a frame that holds 1 to {}", limits::MAX_FRAME_BLOCKS)]
+    #[error(
+        "{got} blocks in a frame that holds at most {}",
+        limits::MAX_FRAME_BLOCKS
+    )]
     BlockCount {
         /// What came.
         got: u32,
@@ -289,7 +292,7 @@ impl FrameHeader {
             });
         }
         let count = self.present.count();
-        if count == 0 || count > limits::MAX_FRAME_BLOCKS {
+        if count > limits::MAX_FRAME_BLOCKS {
             return Err(FrameError::BlockCount { got: count });
         }
         if !self.zero.minus(&self.present).is_empty() {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 
 use serde_json::Value;
 use vmferry_tests::harness::process::Finished;
@@ -191,6 +192,46 @@ fn a_guest_without_a_disk_moves() {
     stage.expect_code(&done, 0);
     stage.expect_moved(&guest);
     assert_eq!(done.json().unwrap()["disk_bytes"], 0);
+}
+
+#[test]
+fn what_was_written_as_it_was_is_not_sent_again() {
+    const PAGES: u64 = 2_000;
+    let stage = stage();
+    let spec = SimSpec {
+        dirty_rate: 0,
+        disk_rate: 0,
+        fill: 100,
+        ..SimSpec::small("web")
+    };
+    let guest = stage.guest(spec);
+    let options = ["--cutover", "manual", "--verify", "full"];
+    let running = stage.begin(&guest, &[&options[..], &PATIENT].concat());
+    let ask = |what: &str, more: &[&str]| stage.alpha.ask(Role::Source, what, "web", more).unwrap();
+    assert!(soon(|| ask("status", &["--json"])
+        .json()
+        .is_ok_and(|status| status["phase"] == "converged")));
+    let process = guest.client(&stage.alpha).unwrap().describe().unwrap();
+    let memory = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/{}/mem", process.pid))
+        .unwrap();
+    let mut content = vec![0; usize::try_from(PAGES * 4096).unwrap()];
+    // Behind where it keeps what it works with.
+    let at = process.ram_address + (32 << 20);
+    memory.read_exact_at(&mut content, at).unwrap();
+    memory.write_all_at(&content, at).unwrap();
+    assert_eq!(ask("cutover", &[]).code(), 0);
+    let done = running.wait(std::time::Duration::from_secs(60)).unwrap();
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    assert!(
+        number(&report, "unchanged_blocks") >= PAGES as f64,
+        "{report}"
+    );
+    assert!(number(&report, "resent_blocks") < PAGES as f64, "{report}");
+    stage.expect_moved(&guest);
 }
 
 #[test]

@@ -145,6 +145,8 @@ pub struct Sent {
     pub zero_blocks: u64,
     /// Blocks sent more than once.
     pub resent_blocks: u64,
+    /// Blocks that were dirtied and not sent, since they were as before.
+    pub unchanged_blocks: u64,
 }
 
 /// What a migration came to.
@@ -269,7 +271,10 @@ impl Migration {
                 raw_bytes: counters.bytes,
                 wire_bytes: self.counters.wire(),
                 zero_blocks: self.counters.zero(),
-                resent_blocks: counters.resent_blocks(),
+                resent_blocks: counters
+                    .resent_blocks()
+                    .saturating_sub(self.counters.unchanged()),
+                unchanged_blocks: self.counters.unchanged(),
             },
             end: self.end,
             rolled_back: self.last_rollback,

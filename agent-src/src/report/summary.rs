@@ -235,14 +235,19 @@ fn totals(report: &Report) -> String {
         ),
     );
     total("sent", sent(report));
-    if report.zero_blocks > 0 || report.resent_blocks > 0 {
-        total(
-            "blocks",
-            format!(
-                "{} zero, {} sent again",
-                report.zero_blocks, report.resent_blocks
-            ),
+    if report.zero_blocks > 0 || report.resent_blocks > 0 || report.unchanged_blocks > 0 {
+        let mut blocks = format!(
+            "{} zero, {} sent again",
+            report.zero_blocks, report.resent_blocks
         );
+        if report.unchanged_blocks > 0 {
+            let _ = write!(
+                blocks,
+                ", {} written but as before",
+                report.unchanged_blocks
+            );
+        }
+        total("blocks", blocks);
     }
     if report.device_state_bytes > 0 {
         total("device state", Size(report.device_state_bytes).to_string());

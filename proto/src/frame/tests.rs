@@ -156,9 +156,9 @@ fn every_broken_rule_is_named() {
             |e| matches!(e, FrameError::Block { .. }),
         ),
         (
-            "no block",
+            "no block, but bytes",
             |h| h.present = WindowBits::EMPTY,
-            |e| matches!(e, FrameError::BlockCount { got: 0 }),
+            |e| matches!(e, FrameError::RawLen { expected: 0, .. }),
         ),
         (
             "zero not present",
