@@ -24,20 +24,17 @@ const CUT: Duration = Duration::from_millis(1500);
 const ALWAYS: [(Victim, &[&str]); 6] = [
     (
         Victim::SourceAgent,
-        &["copy", "converged", "load", "commit", "release"],
+        &["copy", "converged", "load", "release"],
     ),
     (
         Victim::DestinationAgent,
-        &["prepare", "copy", "final", "commit", "start"],
+        &["prepare", "copy", "final", "commit"],
     ),
     (
         Victim::BothAgents,
-        &["negotiate", "copy", "pause", "commit", "release"],
+        &["negotiate", "copy", "pause", "commit"],
     ),
-    (
-        Victim::SourceGuest,
-        &["prepare", "pause", "final", "commit"],
-    ),
+    (Victim::SourceGuest, &["prepare", "pause", "commit"]),
     (
         Victim::DestinationGuest,
         &["converged", "load", "commit", "start"],
