@@ -72,6 +72,7 @@ pub struct LaneCounters {
     raw_bytes: AtomicU64,
     waited_ns: AtomicU64,
     began: Instant,
+    mode: CompressMode,
     compress: Mutex<(CompressPolicy, Mark)>,
 }
 
@@ -96,6 +97,7 @@ impl LaneCounters {
             raw_bytes: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
             began: Instant::now(),
+            mode,
             compress: Mutex::new((policy, Mark::default())),
         }
     }
@@ -198,6 +200,7 @@ impl Lanes {
         let moved = Arc::new(Notify::new());
         let pool: Arc<EncoderPool> = Arc::default();
         let (workers, lanes) = (workers(), senders.len());
+        let looks = counters.mode != CompressMode::Off;
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let mut start_one = |sender: LaneSender| {
             let budget = budgets
@@ -209,7 +212,7 @@ impl Lanes {
                 lane: sender.lane(),
                 sender,
                 encoder: Encoder::of(pool.clone()),
-                sent: SentBlocks::of_one(lanes),
+                sent: looks.then(|| SentBlocks::of_one(lanes)),
                 budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
@@ -277,7 +280,8 @@ struct Worker {
     lane: Lane,
     sender: LaneSender,
     encoder: Encoder,
-    sent: SentBlocks,
+    /// `None` with `--compress off`, which spends no time on bytes.
+    sent: Option<SentBlocks>,
     budget: Arc<SendBudget>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
@@ -337,7 +341,7 @@ impl Worker {
         let level = self.counters.compress().0.next_level();
         let encoded = self
             .encoder
-            .encode_filled(&blocks, level, Some(&mut self.sent))?;
+            .encode_filled(&blocks, level, self.sent.as_mut())?;
         if let Some(time) = encoded.compress_time {
             let mut compress = self.counters.compress();
             compress
