@@ -3,7 +3,7 @@
 //! Owns the decision, as a pure machine fed with what was measured; it reads no clock. `auto` begins with the
 //! fastest level, goes up while the link is the bottleneck and cores are free, and down while the cores are. Raw is the yardstick:
 //! a stretch is sent raw where compression may be what holds the copy up, and now and then otherwise, and what carries fewer guest
-//! bytes per second than raw is turned off. Where content does not shrink, ever fewer frames are tried: see [`Patience`].
+//! bytes per second than raw is turned off. Where content does not shrink, ever fewer frames are tried: see `Patience`.
 
 use std::fmt;
 use std::str::FromStr;
