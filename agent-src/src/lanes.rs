@@ -72,7 +72,6 @@ pub struct LaneCounters {
     raw_bytes: AtomicU64,
     waited_ns: AtomicU64,
     began: Instant,
-    mode: CompressMode,
     compress: Mutex<(CompressPolicy, Mark)>,
 }
 
@@ -81,7 +80,6 @@ pub struct LaneCounters {
 struct Mark {
     at: Duration,
     raw_bytes: u64,
-    wire_bytes: u64,
     waited_ns: u64,
 }
 
@@ -97,7 +95,6 @@ impl LaneCounters {
             raw_bytes: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
             began: Instant::now(),
-            mode,
             compress: Mutex::new((policy, Mark::default())),
         }
     }
@@ -107,7 +104,6 @@ impl LaneCounters {
         let now = Mark {
             at: self.began.elapsed(),
             raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
-            wire_bytes: self.wire(),
             waited_ns: self.waited_ns.load(Ordering::Relaxed),
         };
         let mut compress = self.compress();
@@ -118,7 +114,6 @@ impl LaneCounters {
         let interval = Interval {
             elapsed,
             raw_bytes: now.raw_bytes - last.raw_bytes,
-            wire_bytes: now.wire_bytes - last.wire_bytes,
             link_wait: if lane_time > 0.0 {
                 (waited / lane_time).min(1.0)
             } else {
@@ -200,9 +195,9 @@ impl Lanes {
         let moved = Arc::new(Notify::new());
         let pool: Arc<EncoderPool> = Arc::default();
         let (workers, lanes) = (workers(), senders.len());
-        let looks = counters.mode != CompressMode::Off;
+        let looks = !counters.compress().0.is_off();
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
-        let mut start_one = |sender: LaneSender| {
+        let start = |sender: LaneSender| {
             let budget = budgets
                 .entry(sender.connection_id())
                 .or_insert_with(|| SendBudget::new(workers));
@@ -226,7 +221,7 @@ impl Lanes {
                 task,
             }
         };
-        let handles = senders.into_iter().map(&mut start_one).collect();
+        let handles = senders.into_iter().map(start).collect();
         Self { handles, moved }
     }
 

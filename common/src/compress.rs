@@ -101,8 +101,6 @@ pub struct Interval {
     pub elapsed: Duration,
     /// Guest bytes that were handed to the transport, before compression, zero blocks left out.
     pub raw_bytes: u64,
-    /// Bytes that they took as payload.
-    pub wire_bytes: u64,
     /// Share of the time for which the senders waited for the transport or the bandwidth limit: 0 to 1.
     pub link_wait: f64,
 }
@@ -190,6 +188,12 @@ impl CompressPolicy {
             pause: FIRST_PAUSE,
             climb_after: Duration::ZERO,
         }
+    }
+
+    /// Whether bytes are to be saved at all.
+    #[must_use]
+    pub fn is_off(&self) -> bool {
+        self.mode == CompressMode::Off
     }
 
     /// zstd level of the next frame, or `None` for raw.
@@ -379,7 +383,6 @@ mod tests {
     #[derive(Debug, Default)]
     struct Came {
         guest_bytes: u64,
-        wire_bytes: u64,
         packed: u64,
         frames: u64,
     }
@@ -429,7 +432,6 @@ mod tests {
                 reading += f64::from(FRAME) / self.reader as f64;
                 sending += payload as f64 / self.link as f64;
                 interval.raw_bytes += u64::from(FRAME);
-                interval.wire_bytes += payload;
                 came.frames += 1;
             }
             let longest = longest(reading, packing, sending);
@@ -441,7 +443,6 @@ mod tests {
             self.now += STEP;
             self.policy.on_interval(self.now, &interval);
             came.guest_bytes += interval.raw_bytes;
-            came.wire_bytes += interval.wire_bytes;
         }
 
         fn run(&mut self, steps: u32) -> Came {
@@ -521,7 +522,6 @@ mod tests {
                 &Interval {
                     elapsed: STEP,
                     raw_bytes: if on { 20 * MB } else { 60 * MB },
-                    wire_bytes: 20 * MB,
                     link_wait: 0.9,
                 },
             );

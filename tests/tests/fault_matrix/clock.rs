@@ -111,6 +111,16 @@ fn begin(stage: &Stage, proxy: &Proxy) -> (SimGuest, Running) {
     (guest, running)
 }
 
+/// A new session has to be made.
+fn cut_and_restore(proxy: &Proxy, running: &mut Running) {
+    proxy.cut();
+    let noticed = running.wait_for("the loss", END, |_, said| {
+        said.contains("connecting again").then_some(())
+    });
+    noticed.unwrap();
+    proxy.restore();
+}
+
 #[test]
 fn a_clock_that_jumps_by_days_and_back_changes_nothing() {
     let days = [day(3), day(-3)];
@@ -121,12 +131,7 @@ fn a_clock_that_jumps_by_days_and_back_changes_nothing() {
     clock.jump_to(3 * DAY);
     wait_for_bytes(&stage.alpha, "web", &mut running, 12 * MIB);
     // The clock was seen to jump, and a new session is made under it.
-    proxy.cut();
-    let noticed = running.wait_for("the loss", END, |_, said| {
-        said.contains("connecting again").then_some(())
-    });
-    noticed.unwrap();
-    proxy.restore();
+    cut_and_restore(&proxy, &mut running);
     wait_for_bytes(&stage.alpha, "web", &mut running, 20 * MIB);
     clock.jump_to(-3 * DAY);
     assert_eq!(owner(&stage.alpha, Role::Source).0, 0);
@@ -161,12 +166,7 @@ fn a_certificate_is_judged_when_a_connection_is_made_and_not_later() {
     // All certificates of the stage are long expired; the session goes on.
     clock.jump_to(400 * DAY);
     wait_for_bytes(&stage.alpha, "web", &mut running, 16 * MIB);
-    proxy.cut();
-    let noticed = running.wait_for("the loss", END, |_, said| {
-        said.contains("connecting again").then_some(())
-    });
-    noticed.unwrap();
-    proxy.restore();
+    cut_and_restore(&proxy, &mut running);
     let done = running.wait(END).unwrap();
     println!("{}", done.stderr);
     stage.expect_code(&done, 1);
