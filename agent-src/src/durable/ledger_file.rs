@@ -487,6 +487,14 @@ impl LedgerLog for LedgerWriter {
         }
     }
 
+    fn equal(&mut self, at: WindowRef, blocks: &WindowBits) {
+        if let Some(place) = self.file.place(at.region).copied() {
+            let blocks = blocks.and(&place.len.all_of(at.window));
+            self.file.add(place.sent, at.window.0, &blocks);
+            self.file.remove(place.dirty, at.window.0, &blocks);
+        }
+    }
+
     fn sent(&mut self, frame: &SentFrame) {
         let index = usize::from(frame.at.region.0);
         let Some(place) = self.file.regions.get(index).copied() else {

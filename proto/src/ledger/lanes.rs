@@ -90,6 +90,14 @@ impl LaneState {
         self.unflushed.total
     }
 
+    /// Whether a frame of this window is not settled.
+    pub(super) fn carries(&self, at: WindowRef) -> bool {
+        let flights = self.in_flight.flights.iter();
+        flights
+            .chain(&self.unflushed.flights)
+            .any(|flight| flight.at == at)
+    }
+
     pub(super) fn send(
         &mut self,
         at: WindowRef,

@@ -32,6 +32,8 @@ pub trait LedgerLog: std::fmt::Debug + Send {
     fn dirty(&mut self, at: WindowRef, blocks: &WindowBits);
     /// The whole region is.
     fn region_dirty(&mut self, region: RegionId);
+    /// These blocks are not dirty any more: the destination has what the source has.
+    fn equal(&mut self, at: WindowRef, blocks: &WindowBits);
     /// A frame is in flight, and its blocks are not dirty any more. Numbers of a lane come in order, without a gap.
     fn sent(&mut self, frame: &SentFrame);
     /// Frames of the lane are applied, and flushed, up to these numbers.

@@ -112,6 +112,14 @@ impl RegionMarks {
         TakenBlocks { zero, first_time }
     }
 
+    /// Makes the dirty blocks of a window clean without sending them, and returns them: the destination has them already, so they
+    /// count as sent once.
+    pub(super) fn have(&mut self, window: WindowIndex) -> WindowBits {
+        let blocks = self.dirty.get(window);
+        let _not_sent_now = self.take(window, &blocks);
+        blocks
+    }
+
     fn forget_zero(&mut self, window: WindowIndex, bits: &WindowBits) -> WindowBits {
         let zero = bits.and(&self.zero.get(window));
         self.zero.remove(window, &zero);

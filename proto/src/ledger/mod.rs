@@ -7,6 +7,8 @@
 //! owns it. Invariant: a block that is neither dirty nor in flight is at the destination as it was when it was
 //! last taken. Memory is O(bitmap) + O(frames not yet settled); no step costs more than its windows.
 //!
+//! A block also becomes clean where both sides are found to have the same (`compare`).
+//!
 //! ```text
 //!             mark_dirty                     next_frame               on_progress: applied (memory), flushed (disk)
 //!   clean ----------------> dirty -----------------> in flight ----------------------------------------------> clean
@@ -15,6 +17,7 @@
 //!                                  session lost             session; a new incarnation makes the whole region dirty
 //! ```
 
+mod compare;
 mod lanes;
 mod log;
 mod marks;
@@ -22,6 +25,8 @@ mod restore;
 #[cfg(test)]
 mod tests;
 mod types;
+
+use std::collections::BTreeSet;
 
 use crate::frame::lane_of;
 use crate::geometry::{RegionBits, WindowBits, WindowIndex, WindowRef};
@@ -46,6 +51,8 @@ pub struct Ledger {
     session: Session,
     incarnations: Option<Vec<Incarnation>>,
     counters: Counters,
+    /// Windows that are being compared and were not touched since.
+    comparing: BTreeSet<WindowRef>,
     /// Where changes are told, if another process is to be able to go on from them.
     log: Option<Box<dyn LedgerLog>>,
 }
@@ -72,6 +79,7 @@ impl Ledger {
             session: Session::None,
             incarnations: None,
             counters: Counters::default(),
+            comparing: BTreeSet::new(),
             log: None,
         }
     }
@@ -106,6 +114,7 @@ impl Ledger {
         if marks.mark_dirty(at.window, bits) {
             self.note_work(at);
         }
+        self.comparing.remove(&at);
         if let Some(log) = &mut self.log {
             log.dirty(at, bits);
         }
@@ -134,6 +143,7 @@ impl Ledger {
             .get_mut(usize::from(region.0))
             .ok_or(LedgerError::UnknownRegion(region))?;
         marks.mark_all_dirty();
+        self.comparing.retain(|at| at.region != region);
         if let Some(log) = &mut self.log {
             log.region_dirty(region);
         }
@@ -217,6 +227,7 @@ impl Ledger {
 
     fn take(&mut self, lane: Lane, at: WindowRef, blocks: &WindowBits) -> Option<FrameJob> {
         let lanes = self.lane_count();
+        self.comparing.remove(&at);
         let marks = self.regions.get_mut(usize::from(at.region.0))?;
         let state = self.lanes.get_mut(usize::from(lane.0))?;
         let taken = marks.take(at.window, blocks);
@@ -304,6 +315,7 @@ impl Ledger {
         if let Session::Open(session) = self.session {
             self.session = Session::Lost(session);
         }
+        self.end_compare();
     }
 
     /// Opens session `session` of `lanes` lanes with what the destination said in `Ready` (`[WIRE-30]` ff.).
@@ -327,6 +339,7 @@ impl Ledger {
                 got: ready.incarnations.len(),
             });
         }
+        self.end_compare();
         let (kept, put_back) = if self.session == Session::Open(session) {
             self.renew_within_session(&ready.incarnations)
         } else {

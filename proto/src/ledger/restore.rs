@@ -3,6 +3,8 @@
 //! Owns the shape of what was left and its check: nothing of it is believed that could not have been written. What was in
 //! flight then waits, as after a lost session, for the next `Ready` to say what became of it.
 
+use std::collections::BTreeSet;
+
 use crate::frame::lane_of;
 use crate::geometry::{RegionBits, WindowBits, WindowRef};
 use crate::ids::{FrameSeq, Incarnation, Lane, SessionNumber};
@@ -86,6 +88,7 @@ impl Ledger {
             session,
             incarnations: image.incarnations,
             counters: Counters::default(),
+            comparing: BTreeSet::new(),
             log: Some(log),
         })
     }

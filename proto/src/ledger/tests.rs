@@ -134,7 +134,7 @@ fn a_hot_window_does_not_starve_the_others() {
         region: RegionId(0),
         window: WindowIndex(1),
     };
-    let mut visited = std::collections::BTreeSet::new();
+    let mut visited = BTreeSet::new();
     for _ in 0..windows * 4 {
         let job = ledger.next_frame(Lane(0), None).unwrap();
         visited.insert(job.window);
@@ -360,7 +360,7 @@ mod against_an_oracle {
     //! The ledger beside a destination that really stores blocks: per block a version number. Whatever is lost, put
     //! back or renewed, once the ledger is settled the destination's blocks are those of the source.
 
-    use std::collections::{BTreeMap, BTreeSet, HashMap};
+    use std::collections::{BTreeMap, HashMap};
 
     use proptest::prelude::*;
 
@@ -384,6 +384,21 @@ mod against_an_oracle {
             len: u64,
             zero: bool,
         },
+        /// A write that is marked in the kernel and waits for the next scan.
+        WriteUnseen {
+            region: u16,
+            at: u64,
+            len: u64,
+            zero: bool,
+        },
+        Scan,
+        /// A window's content is read here, to be compared.
+        BeginCompare {
+            region: u16,
+            window: u32,
+        },
+        /// The destination's digests are there.
+        Compare,
         Send {
             lane: u8,
             kind: u8,
@@ -429,6 +444,12 @@ mod against_an_oracle {
         prop_oneof![
             4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
                 .prop_map(|(region, at, len, zero)| Step::Write { region, at, len, zero }),
+            4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
+                .prop_map(|(region, at, len, zero)| Step::WriteUnseen { region, at, len, zero }),
+            2 => Just(Step::Scan),
+            6 => (0u16..3, 0u32..6)
+                .prop_map(|(region, window)| Step::BeginCompare { region, window }),
+            3 => Just(Step::Compare),
             8 => (0u8..5, 0u8..3, 1u8..9).prop_map(|(lane, kind, frames)| Step::Send { lane, kind, frames }),
             6 => (0u8..5, 1u8..9).prop_map(|(lane, frames)| Step::Apply { lane, frames }),
             2 => Just(Step::Flush),
@@ -469,6 +490,10 @@ mod against_an_oracle {
         /// What the source's guest has in each block.
         source: HashMap<Block, u64>,
         zero_known: BTreeSet<Block>,
+        /// Written, and marked in the kernel alone.
+        unseen: BTreeSet<Block>,
+        /// Windows that are compared, with what the source had in them.
+        compared: Vec<(WindowRef, Vec<(Block, u64)>)>,
         /// Dirty, as plainly as can be.
         dirty: BTreeSet<Block>,
         ever_sent: BTreeSet<Block>,
@@ -490,6 +515,26 @@ mod against_an_oracle {
     fn all_blocks(region: u16) -> impl Iterator<Item = Block> {
         let blocks = RegionLen(LENS[usize::from(region)].1).blocks();
         (0..blocks).map(move |block| (region, block))
+    }
+
+    fn marks(region: u16, at: u64, len: u64) -> RegionBits {
+        let mut marks = RegionBits::empty(RegionLen(LENS[usize::from(region)].1));
+        marks.insert_bytes(at, len);
+        marks
+    }
+
+    fn blocks_of(region: u16, set: &RegionBits) -> impl Iterator<Item = Block> {
+        set.iter().flat_map(move |(window, bits)| {
+            let base = u64::from(window.0) * 512;
+            let block = move |block| (region, base + u64::from(block));
+            bits.iter().map(block).collect::<Vec<_>>()
+        })
+    }
+
+    fn blocks_in(at: WindowRef) -> Vec<Block> {
+        let all = all_blocks(at.region.0);
+        all.filter(|block| block.1 / 512 == u64::from(at.window.0))
+            .collect()
     }
 
     fn in_job(job: &FrameJob, set: &WindowBits) -> Vec<Block> {
@@ -518,6 +563,8 @@ mod against_an_oracle {
                 clock: 1,
                 source: all.iter().map(|block| (*block, 1)).collect(),
                 zero_known: BTreeSet::new(),
+                unseen: BTreeSet::new(),
+                compared: Vec::new(),
                 dirty: all,
                 ever_sent: BTreeSet::new(),
                 sent_before: 0,
@@ -567,6 +614,21 @@ mod against_an_oracle {
                     len,
                     zero,
                 } => self.write(region, at, len, zero),
+                Step::WriteUnseen {
+                    region,
+                    at,
+                    len,
+                    zero,
+                } => {
+                    let written = self.change(region, &marks(region, at, len), zero);
+                    self.unseen.extend(written);
+                }
+                Step::Scan => self.scan(),
+                Step::BeginCompare { region, window } => self.begin_compare(WindowRef {
+                    region: RegionId(region),
+                    window: WindowIndex(window),
+                }),
+                Step::Compare => self.compare(),
                 Step::Send { lane, kind, frames } => {
                     for _ in 0..frames {
                         self.send(lane, kind);
@@ -669,25 +731,74 @@ mod against_an_oracle {
         }
 
         fn write(&mut self, region: u16, at: u64, len: u64, zero: bool) {
-            let region_len = RegionLen(LENS[usize::from(region)].1);
-            let mut marks = RegionBits::empty(region_len);
-            marks.insert_bytes(at, len);
-            self.clock += 1;
-            for (window, bits) in marks.iter() {
-                for block in bits.iter() {
-                    let block = (region, u64::from(window.0) * 512 + u64::from(block));
-                    self.source.insert(block, self.clock);
-                    self.dirty.insert(block);
-                    self.zero_known.remove(&block);
-                    if zero {
-                        self.zero_known.insert(block);
-                    }
+            let marks = marks(region, at, len);
+            for block in self.change(region, &marks, zero) {
+                self.dirty.insert(block);
+                self.zero_known.remove(&block);
+                if zero {
+                    self.zero_known.insert(block);
                 }
             }
             self.ledger.mark_dirty(RegionId(region), &marks).unwrap();
             if zero {
                 self.ledger.mark_zero(RegionId(region), &marks).unwrap();
             }
+        }
+
+        /// Zeroes come again and again, so that a block may have what it had before.
+        fn change(&mut self, region: u16, marks: &RegionBits, zero: bool) -> Vec<Block> {
+            self.clock += 1;
+            let content = if zero { 0 } else { self.clock };
+            let written: Vec<Block> = blocks_of(region, marks).collect();
+            let change = written.iter().map(|block| (*block, content));
+            self.source.extend(change);
+            written
+        }
+
+        fn scan(&mut self) {
+            for (region, (_, len)) in (0u16..).zip(LENS) {
+                let mut marks = RegionBits::empty(RegionLen(len));
+                for (_, block) in self.unseen.iter().filter(|block| block.0 == region) {
+                    marks.insert_bytes(block * u64::from(BLOCK_SIZE), 1);
+                }
+                self.ledger.mark_dirty(RegionId(region), &marks).unwrap();
+            }
+            for block in std::mem::take(&mut self.unseen) {
+                self.dirty.insert(block);
+                self.zero_known.remove(&block);
+            }
+        }
+
+        fn begin_compare(&mut self, at: WindowRef) {
+            if self.ledger.begin_compare(at) {
+                let here = blocks_in(at).into_iter();
+                let content = here.map(|block| (block, self.source[&block])).collect();
+                self.compared.push((at, content));
+            }
+        }
+
+        fn compare(&mut self) {
+            // `[WIRE-49]`: what the destination says to have is flushed.
+            self.flush();
+            for (at, content) in std::mem::take(&mut self.compared) {
+                let equal =
+                    |(block, content): &(Block, u64)| self.target.get(block) == Some(content);
+                if !content.iter().all(equal) {
+                    continue;
+                }
+                let became_clean = self.ledger.found_equal(at);
+                if became_clean > 0 {
+                    let dirty = |block: &Block| self.dirty.contains(block);
+                    let clean: Vec<Block> = blocks_in(at).into_iter().filter(dirty).collect();
+                    assert_eq!(clean.len(), became_clean as usize);
+                    for block in clean {
+                        self.dirty.remove(&block);
+                        self.zero_known.remove(&block);
+                        self.sent_before += u64::from(self.ever_sent.insert(block));
+                    }
+                }
+            }
+            self.ledger.end_compare();
         }
 
         fn send(&mut self, lane: u8, kind: u8) {
@@ -801,13 +912,15 @@ mod against_an_oracle {
                 .map(|(block, _)| *block)
                 .collect();
             for (block, version) in &self.source {
-                if !self.dirty.contains(block) && !on_the_way.contains(block) {
+                let waits = self.dirty.contains(block) || self.unseen.contains(block);
+                if !waits && !on_the_way.contains(block) {
                     assert_eq!(self.target.get(block), Some(version), "{block:?} is lost");
                 }
             }
         }
 
         fn finish(mut self) {
+            self.scan();
             for lane in 0..u8::try_from(self.lanes.len()).unwrap() {
                 while self.ledger.next_frame_exists(lane) {
                     self.send(lane, 0);
@@ -865,6 +978,81 @@ mod against_an_oracle {
             world.check();
         }
         world.finish();
+    }
+
+    fn at(region: u16, window: u32) -> WindowRef {
+        WindowRef {
+            region: RegionId(region),
+            window: WindowIndex(window),
+        }
+    }
+
+    /// A source that lost its ledger: a new one, all dirty, beside a destination that has what was sent before.
+    fn without_its_ledger() -> World {
+        let mut world = World::new();
+        for lane in 0..2 {
+            while world.ledger.next_frame_exists(lane) {
+                world.send(lane, 0);
+            }
+            while world.apply_one(lane) {}
+        }
+        world.ledger = Ledger::new(&world.specs);
+        world.session += 1;
+        world.dirty = (0..3).flat_map(all_blocks).collect();
+        (world.ever_sent, world.sent_blocks) = (BTreeSet::new(), 0);
+        world.connect(2, None);
+        world
+    }
+
+    #[test]
+    fn a_window_that_both_sides_have_is_clean_and_not_sent() {
+        let mut world = without_its_ledger();
+        world.write(0, 3 << 20, 4096, false);
+        for window in 0..6 {
+            assert!(world.ledger.begin_compare(at(0, window)));
+            world.begin_compare(at(0, window));
+        }
+        assert!(!world.ledger.begin_compare(at(0, 6)), "no such window");
+        world.compare();
+        world.check();
+        assert_eq!(world.ledger.dirty_in(RegionId(0)).all.blocks, 512);
+        assert_eq!(world.ledger.counters(), Counters::default());
+        assert!(!world.ledger.begin_compare(at(0, 0)), "nothing to find out");
+        world.finish();
+    }
+
+    #[test]
+    fn a_window_that_is_touched_while_it_is_compared_stays_dirty() {
+        let touches: [fn(&mut World); 5] = [
+            |world| world.write(0, 0, 1, false),
+            |world| world.send(0, 1),
+            |world| {
+                world.ledger.on_session_lost();
+                world.connect(2, None);
+            },
+            |world| {
+                world.incarnations[0] += 1;
+                world.target.retain(|block, _| block.0 != 0);
+                world.ledger.on_session_lost();
+                world.connect(2, None);
+            },
+            |world| world.ledger.end_compare(),
+        ];
+        for touch in touches {
+            let mut world = without_its_ledger();
+            assert!(world.ledger.begin_compare(at(0, 0)));
+            touch(&mut world);
+            let before = world.ledger.dirty(None);
+            assert_eq!(world.ledger.found_equal(at(0, 0)), 0);
+            assert_eq!(world.ledger.dirty(None), before);
+            world.finish();
+        }
+        let mut world = without_its_ledger();
+        world.send(0, 1);
+        assert!(
+            !world.ledger.begin_compare(at(0, 0)),
+            "a frame of it is on its way"
+        );
     }
 
     proptest! {

@@ -61,6 +61,14 @@ impl LedgerLog for PlainLog {
         self.write(|image| image.dirty[usize::from(region.0)].fill());
     }
 
+    fn equal(&mut self, at: WindowRef, blocks: &WindowBits) {
+        self.write(|image| {
+            let region = usize::from(at.region.0);
+            image.dirty[region].remove(at.window, blocks);
+            image.sent[region].insert(at.window, blocks);
+        });
+    }
+
     fn sent(&mut self, frame: &SentFrame) {
         self.write(|image| {
             let region = usize::from(frame.at.region.0);
