@@ -101,6 +101,13 @@ impl Coverage {
         }
     }
 
+    /// Whether every block of a window that the region has was received.
+    pub(crate) fn is_whole(&self, region: RegionId, window: WindowIndex) -> bool {
+        self.regions
+            .get(usize::from(region.0))
+            .is_some_and(|slot| lock(slot).is_whole(window))
+    }
+
     /// Fails with the first region that has a block which was never received.
     pub(crate) fn check(&self) -> Result<(), Incomplete> {
         self.regions.iter().try_for_each(|slot| lock(slot).check())
@@ -108,6 +115,11 @@ impl Coverage {
 }
 
 impl Received {
+    fn is_whole(&self, window: WindowIndex) -> bool {
+        let all = self.bits.region_len().all_of(window);
+        !all.is_empty() && all.minus(&self.bits.get(window)).is_empty()
+    }
+
     fn check(&self) -> Result<(), Incomplete> {
         let len = self.bits.region_len();
         let gap = (0..self.bits.windows())
@@ -179,6 +191,9 @@ mod tests {
             (gap.region.as_str(), gap.window.0, gap.block, gap.missing),
             ("region-1", 1, 2, 1)
         );
+        let whole = |window| coverage.is_whole(RegionId(1), WindowIndex(window));
+        assert_eq!([0, 1, 2].map(whole), [true, false, false]);
+        assert!(!coverage.is_whole(RegionId(2), WindowIndex(0)));
         coverage.note(RegionId(1), WindowIndex(1), &WindowBits::FULL);
         assert_eq!(coverage.check(), Ok(()));
     }
@@ -190,6 +205,8 @@ mod tests {
             coverage.note(RegionId(region), WindowIndex(0), &WindowBits::FULL);
         }
         coverage.renew(&[OLD, NEW]);
+        let whole = |region| coverage.is_whole(RegionId(region), WindowIndex(0));
+        assert_eq!([0, 1].map(whole), [true, false]);
         assert_eq!(coverage.check().unwrap_err().region, "region-1");
     }
 }

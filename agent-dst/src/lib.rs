@@ -25,6 +25,7 @@ mod apply;
 mod board;
 pub mod cli;
 pub mod command;
+mod compare;
 pub mod config;
 mod coverage;
 mod durable;

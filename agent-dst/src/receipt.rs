@@ -302,7 +302,7 @@ fn violation(text: String) -> ReceiptError {
 fn on_verify(error: &VerifyError) -> ReceiptError {
     match error {
         VerifyError::NoSuchRegion(_) | VerifyError::ZeroStride(_) => violation(error.to_string()),
-        VerifyError::Read(_) | VerifyError::Worker(_) => {
+        VerifyError::Flush(_) | VerifyError::Read(_) | VerifyError::Worker(_) => {
             ReceiptError::Attempt(WireError::new(ErrorCode::Hypervisor, chain(error)))
         }
     }

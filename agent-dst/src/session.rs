@@ -13,6 +13,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vmferry_common::causes::chain;
 use vmferry_common::control::{ControlReceiver, ControlSender};
+use vmferry_common::digest::WindowHasher;
 use vmferry_common::identity::PeerName;
 use vmferry_common::lanes::IncomingStream;
 use vmferry_hypervisor::GuestError;
@@ -20,11 +21,12 @@ use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::StreamKind;
 use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{Lane, SessionNumber};
-use vmferry_proto::message::{Hello, LaneProgress, ToDestination, ToSource};
+use vmferry_proto::message::{Hello, LaneProgress, ToDestination, ToSource, WindowRange};
 use vmferry_proto::session_destination::{DestinationSession, DestinationSessionEvent};
 
 use crate::apply::{self, LaneContext, LaneFailed};
 use crate::board::Board;
+use crate::compare::Comparer;
 use crate::flusher;
 use crate::meter::Meter;
 use crate::sink::Sink;
@@ -199,6 +201,7 @@ pub(crate) struct Session {
 #[derive(Debug)]
 struct Flow {
     context: LaneContext,
+    comparer: Comparer,
     geometry: Arc<[RegionLen]>,
     lanes: Vec<Option<JoinHandle<()>>>,
     flusher: JoinHandle<Result<(), GuestError>>,
@@ -301,7 +304,14 @@ impl Session {
             self.outgoing.clone(),
             stop.clone(),
         ));
+        let comparer = Comparer::start(
+            sink.clone(),
+            WindowHasher::new(self.hello.migration),
+            self.outgoing.clone(),
+            stop.clone(),
+        );
         self.flow = Some(Flow {
+            comparer,
             context: LaneContext {
                 sink,
                 board: board.clone(),
@@ -316,6 +326,22 @@ impl Session {
             flush_failed: false,
         });
         board
+    }
+
+    /// Answers for what the copy has of these windows.
+    pub(crate) fn compare(&self, range: WindowRange) -> Result<(), WireError> {
+        if let Some(flow) = &self.flow
+            && flow.comparer.ask(range)
+        {
+            return Ok(());
+        }
+        let region = range.region;
+        Err(WireError::new(
+            ErrorCode::ProtocolViolation,
+            format!(
+                "region {region} cannot be compared: it does not exist, or its lanes have ended"
+            ),
+        ))
     }
 
     /// The next thing that happens. Cancel safe.

@@ -1,6 +1,6 @@
 //! Digests of what really stands in the destination's regions, read back from where it was written.
 //!
-//! Owns the enumeration of the windows that a `Final` asks for and the reading, several windows at once; the digest
+//! Owns the enumeration of the windows that a `Final` or a `Compare` asks for and the reading, several windows at once; the digest
 //! itself is common to both agents. Memory stays bounded: one window's buffer per worker, one piece of answers.
 
 use std::num::NonZeroU32;
@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use vmferry_common::digest::WindowHasher;
 use vmferry_hypervisor::{GuestError, RegionWriter};
-use vmferry_proto::geometry::{RegionLen, WindowIndex};
+use vmferry_proto::geometry::{RegionLen, WindowIndex, WindowRef};
 use vmferry_proto::ids::{Attempt, MigrationId, RegionId};
 use vmferry_proto::limits::MAX_DIGESTS;
 use vmferry_proto::message::{Digests, VerifyWindows, WindowDigest};
@@ -29,6 +29,9 @@ pub(crate) enum VerifyError {
     /// The peer asks for a stride of zero.
     #[error("digests of region {0} were asked for with a stride of 0")]
     ZeroStride(RegionId),
+    /// The disks cannot be flushed.
+    #[error("the disks cannot be flushed")]
+    Flush(#[source] GuestError),
     /// The region cannot be read back.
     #[error("the copy of a region cannot be read back")]
     Read(#[source] GuestError),
@@ -100,6 +103,27 @@ impl Plan {
             })
         })
     }
+}
+
+/// Digests of these windows, all of which the sink has; at most [`MAX_DIGESTS`].
+///
+/// # Errors
+/// A region cannot be read back.
+pub(crate) async fn digests_of(
+    sink: &Sink,
+    windows: &[WindowRef],
+    hasher: &WindowHasher,
+) -> Result<Vec<WindowDigest>, VerifyError> {
+    let mut items = windows.iter().filter_map(|at| {
+        let target = sink.target(at.region)?;
+        Some(Item {
+            region: at.region,
+            len: target.len,
+            reader: target.writer.clone(),
+            window: at.window,
+        })
+    });
+    piece(&mut items, hasher).await
 }
 
 /// Digests everything that `plan` names, in its order, and hands the pieces to `out` as they are ready; the last one is

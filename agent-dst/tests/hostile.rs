@@ -11,7 +11,8 @@ use vmferry_proto::error::ErrorCode;
 use vmferry_proto::frame::{Encoding, FrameHeader, StreamKind};
 use vmferry_proto::geometry::{WindowBits, WindowIndex};
 use vmferry_proto::ids::{Attempt, FrameSeq, Lane, RegionId, SessionNumber};
-use vmferry_proto::message::{Offer, ToDestination};
+use vmferry_proto::limits::MAX_COMPARES;
+use vmferry_proto::message::{Offer, ToDestination, WindowRange};
 use vmferry_proto::version::{ProtocolVersion, VersionRange};
 
 /// Writes these bytes to the control stream of a fresh connection, ends it if asked to, and hears the error.
@@ -103,6 +104,35 @@ async fn bytes_that_are_no_message_are_refused() {
     site.still_serves().await;
 }
 
+fn compare(region: u16) -> ToDestination {
+    ToDestination::Compare(WindowRange {
+        region: RegionId(region),
+        first: WindowIndex(0),
+        count: 256,
+    })
+}
+
+/// `[WIRE-48]`
+#[tokio::test]
+async fn questions_about_no_region_or_too_many_at_once_end_the_session() {
+    let site = Site::new();
+    let mut client = Client::ready(&site, 1).await;
+    client.say(compare(7)).await;
+    client.expect_error(ErrorCode::ProtocolViolation).await;
+    let mut client = Client::ready(&site, 2).await;
+    let attempt = client.open_attempt(1).await;
+    client.say(compare(0)).await;
+    let error = client.expect_error(ErrorCode::ProtocolViolation).await;
+    assert!(error.detail.contains("Compare"), "{attempt}: {error}");
+    let mut client = Client::ready(&site, 3).await;
+    client.send_all(0x11).await;
+    // In one piece, so that none is answered between them.
+    let one = vmferry_proto::wire::encode(&compare(0)).unwrap();
+    client.say_raw(&one.repeat(64 * MAX_COMPARES)).await;
+    client.expect_error(ErrorCode::ProtocolViolation).await;
+    site.still_serves().await;
+}
+
 #[tokio::test]
 async fn a_message_that_is_not_due_ends_the_session() {
     let site = Site::new();
@@ -111,6 +141,7 @@ async fn a_message_that_is_not_due_ends_the_session() {
         ToDestination::Hello(hello(9)),
         ToDestination::OpenAttempt { attempt },
         ToDestination::Converged,
+        compare(0),
         ToDestination::DeviceState {
             attempt,
             len: 1,

@@ -10,7 +10,7 @@ use vmferry_proto::error::ErrorCode;
 use vmferry_proto::geometry::{WindowBits, WindowIndex};
 use vmferry_proto::ids::{Attempt, FrameSeq, Lane, RegionId, RegisterId, SessionNumber};
 use vmferry_proto::message::{
-    AttemptKey, Digests, ToDestination, ToSource, Verdict, VerifyWindows,
+    AttemptKey, Compared, Digests, ToDestination, ToSource, Verdict, VerifyWindows, WindowRange,
 };
 
 fn verdict(message: ToSource) -> Verdict {
@@ -109,6 +109,66 @@ async fn digests_are_of_what_was_written() {
         .await;
     client.expect_cancelled_after_outcome().await;
     drop(client);
+    site.still_serves().await;
+}
+
+fn range(region: u16, first: u32, count: u32) -> ToDestination {
+    ToDestination::Compare(WindowRange {
+        region: RegionId(region),
+        first: WindowIndex(first),
+        count,
+    })
+}
+
+/// `[WIRE-48]`: in the order of the questions, of whole windows that are there and of no others.
+#[tokio::test]
+async fn what_the_copy_has_is_compared() {
+    let site = Site::new();
+    let mut client = Client::ready(&site, 1).await;
+    client.send_all(0x33).await;
+    let lanes: Vec<FrameSeq> = client.last(Attempt(1)).lanes;
+    for (lane, seq) in (0u8..).map(Lane).zip(lanes) {
+        client.expect_progress_of(lane, seq).await;
+    }
+    client.connection.close(0u32.into(), b"the link is cut");
+    let mut again = hello(1);
+    again.session = SessionNumber(2);
+    let mut client = Client::welcome(&site, again).await;
+    client.offer().await;
+    for question in [range(0, 1, 2), range(1, 0, 256), range(1, u32::MAX, 256)] {
+        client.say(question).await;
+    }
+    let hasher = WindowHasher::new(hello(1).migration);
+    for expected in [vec![(0, 1), (0, 2)], vec![(1, 0), (1, 1)], Vec::new()] {
+        let ToSource::Compared(Compared { windows }) = client.hear().await else {
+            panic!("not compared");
+        };
+        let windows_of = windows.iter().map(|it| (it.region.0, it.window.0));
+        assert_eq!(windows_of.collect::<Vec<_>>(), expected);
+        for digest in windows {
+            let len = spec().regions[usize::from(digest.region.0)].len;
+            let bytes = len.bytes_of(digest.window, &len.all_of(digest.window));
+            assert_eq!(digest.digest, hasher.digest(&vec![0x33; bytes as usize]));
+        }
+    }
+    client.cancel().await;
+    site.still_serves().await;
+}
+
+#[tokio::test]
+async fn a_window_that_was_not_wholly_received_is_not_compared() {
+    let site = Site::new();
+    let mut client = Client::ready(&site, 1).await;
+    let frame = client.frame(0, 0, WindowBits::first(128), 1);
+    client.send_frame(frame).await;
+    client.expect_progress_of(Lane(0), FrameSeq(1)).await;
+    client.say(range(0, 0, 4)).await;
+    let answer = client.hear().await;
+    let nothing = Compared {
+        windows: Vec::new(),
+    };
+    assert_eq!(answer, ToSource::Compared(nothing));
+    client.cancel().await;
     site.still_serves().await;
 }
 

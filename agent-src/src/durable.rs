@@ -72,7 +72,8 @@ pub struct Keeping {
     pub about: Option<String>,
 }
 
-/// Takes over what was left, if anything was looked for, or says why not; then the copy begins again.
+/// Takes over what was left, if anything was looked for, or says why not; then the tracking begins again, and
+/// what the destination kept is compared.
 pub async fn take_over(
     files: DurableFiles,
     left: Option<Result<Left, NotUsable>>,
@@ -99,7 +100,7 @@ pub async fn take_over(
         }
         Err(error) => {
             let text = format!(
-                "an agent before this one was killed and cannot be gone on with ({}): the copy begins again",
+                "an agent before this one was killed and cannot be gone on with ({}): everything is looked at again",
                 chain(&error)
             );
             (None, text)

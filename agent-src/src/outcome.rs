@@ -57,6 +57,7 @@ pub(crate) fn summarise(
     report.raw_bytes = ended.sent.raw_bytes;
     report.wire_bytes = ended.sent.wire_bytes;
     report.zero_blocks = ended.sent.zero_blocks;
+    report.kept_bytes = stats.kept_bytes;
     report.resent_blocks = ended.sent.resent_blocks;
     report.unchanged_blocks = ended.sent.unchanged_blocks;
     report.device_state_bytes = stats.device_state_bytes;

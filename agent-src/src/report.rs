@@ -66,6 +66,8 @@ pub struct Report {
     pub wire_bytes: u64,
     /// Blocks of 4 KiB that were zero or a hole, and were sent as that.
     pub zero_blocks: u64,
+    /// Bytes that were not sent because the destination had kept them of an earlier agent's copy: both sides compared digests.
+    pub kept_bytes: u64,
     /// Blocks of 4 KiB that were sent more than once.
     pub resent_blocks: u64,
     /// Blocks of 4 KiB that were dirtied and not sent again, since their content was what had been sent before.
@@ -226,6 +228,7 @@ impl Report {
             raw_bytes: 0,
             wire_bytes: 0,
             zero_blocks: 0,
+            kept_bytes: 0,
             resent_blocks: 0,
             unchanged_blocks: 0,
             device_state_bytes: 0,

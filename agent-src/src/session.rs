@@ -26,7 +26,7 @@ use vmferry_proto::ids::{
 use vmferry_proto::message::{Hello, Offer, ToDestination, ToSource, Welcome};
 use vmferry_proto::session_source::{SourceSession, SourceSessionEvent};
 use vmferry_proto::spec::GuestSpec;
-use vmferry_proto::version::{Features, SUPPORTED};
+use vmferry_proto::version::{COMPARE, Features, SUPPORTED};
 
 use crate::error::{LinkError, MigrateError};
 use crate::lanes::{LaneCounters, LaneError, LaneFailed, Lanes};
@@ -208,6 +208,12 @@ impl Session {
     #[must_use]
     pub fn agent(&self) -> &str {
         &self.welcome.agent
+    }
+
+    /// Whether the destination can say what it has.
+    #[must_use]
+    pub fn can_compare(&self) -> bool {
+        self.welcome.features.has(COMPARE)
     }
 
     /// Round-trip time as the transport sees it.

@@ -27,6 +27,10 @@ pub const MAX_FRAME_PAYLOAD: u32 = MAX_FRAME_BLOCKS * crate::geometry::BLOCK_SIZ
 pub const MAX_DEVICE_STATE: u64 = 256 << 20;
 /// Most digests in one message.
 pub const MAX_DIGESTS: usize = 8192;
+/// Most windows of one `Compare`: 512 MiB, which a core digests in a quarter of a second.
+pub const MAX_COMPARE_WINDOWS: u32 = 256;
+/// Most `Compare` that wait for an answer at a time: enough that neither side waits for the other's digests on a long link.
+pub const MAX_COMPARES: usize = 4;
 /// Bytes of the length in front of a control message.
 pub const CONTROL_PREFIX: usize = 4;
 /// Most virtual CPUs: QEMU's largest machine type has 4,096.

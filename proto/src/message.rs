@@ -22,6 +22,8 @@ pub enum ToDestination {
     /// What is left fits the limits: the cutover begins now or at the trigger. For the destination's hooks and
     /// status only; may be said again after more copying.
     Converged,
+    /// Asks for the digests of what the destination still has of these windows, outside an attempt (`[WIRE-48]`).
+    Compare(WindowRange),
     /// Asks the destination to make attempt `attempt` known (durably) before the guest is paused.
     OpenAttempt {
         /// The attempt: one above every earlier one of this migration.
@@ -69,6 +71,8 @@ pub enum ToSource {
     Ready(Ready),
     /// What has been applied and flushed, per lane. Sent from time to time and at each `Final`.
     Progress(Vec<LaneProgress>),
+    /// Answer to `Compare`, in the order of the questions.
+    Compared(Compared),
     /// The attempt is durable: the guest may be paused.
     AttemptOpened {
         /// The attempt.
@@ -203,6 +207,39 @@ pub struct VerifyWindows {
     pub first: WindowIndex,
     /// Distance to the next; 1 means every window.
     pub stride: u32,
+}
+
+/// Windows of one region, one behind the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct WindowRange {
+    /// The region.
+    pub region: RegionId,
+    /// First window.
+    pub first: WindowIndex,
+    /// How many: 1 to [`crate::limits::MAX_COMPARE_WINDOWS`]. Those outside the region do not exist.
+    pub count: u32,
+}
+
+impl WindowRange {
+    /// Its windows, of which some may be outside the region.
+    pub fn windows(self) -> impl Iterator<Item = WindowIndex> {
+        let end = self.first.0.saturating_add(self.count);
+        (self.first.0..end).map(WindowIndex)
+    }
+
+    /// Whether `window` of `region` is one of them.
+    #[must_use]
+    pub const fn contains(&self, region: RegionId, window: WindowIndex) -> bool {
+        let distance = window.0.checked_sub(self.first.0);
+        region.0 == self.region.0 && matches!(distance, Some(distance) if distance < self.count)
+    }
+}
+
+/// What the destination still has of the windows of a `Compare`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compared {
+    /// Those of which every block was received and is there, ascending. The others have to be sent.
+    pub windows: Vec<WindowDigest>,
 }
 
 /// A piece of the digests asked for, in the order in which they were asked.

@@ -12,8 +12,10 @@
 use crate::error::WireError;
 use crate::handover::DestinationEvent;
 use crate::ids::Attempt;
-use crate::message::{Final, Hello, Offer, ToDestination, ToSource, Verdict};
+use crate::limits::MAX_COMPARES;
+use crate::message::{Final, Hello, Offer, ToDestination, ToSource, Verdict, WindowRange};
 use crate::session::ProtocolViolation;
+use crate::version::{COMPARE, Features};
 
 /// Where a session stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,6 +42,10 @@ pub struct DestinationSession {
     lanes: usize,
     /// Highest attempt that the source named in this session.
     highest: Attempt,
+    /// Whether both sides can compare.
+    compares: bool,
+    /// `Compare` that were not answered yet.
+    comparing: usize,
 }
 
 /// What a legal message is, for the agent.
@@ -51,6 +57,8 @@ pub enum DestinationSessionEvent {
     Offer(Offer),
     /// What is left fits: hooks and status.
     Converged,
+    /// Digests of what is here of these windows are asked for.
+    Compare(WindowRange),
     /// The data of the attempt ends with these sequence numbers.
     Final(Final),
     /// The device state follows on its stream.
@@ -86,6 +94,8 @@ impl DestinationSession {
             phase: Phase::Hello,
             lanes: 0,
             highest: Attempt(0),
+            compares: false,
+            comparing: 0,
         }
     }
 
@@ -111,6 +121,7 @@ impl DestinationSession {
                 Verdict::Committed { .. } | Verdict::Unknown => {}
             },
             ToSource::Error(_) => self.phase = Phase::Closed,
+            ToSource::Compared(_) => self.comparing = self.comparing.saturating_sub(1),
             ToSource::Progress(_) | ToSource::Digests(_) | ToSource::Cancelled => {}
         }
     }
@@ -184,6 +195,7 @@ impl DestinationSession {
         }
         self.phase = Phase::Admitting;
         self.lanes = usize::from(hello.lanes);
+        self.compares = Features::supported().common(&hello.features).has(COMPARE);
         Ok(DestinationSessionEvent::Hello(hello))
     }
 
@@ -199,6 +211,7 @@ impl DestinationSession {
             ToDestination::Converged if self.phase == Phase::Copying => {
                 Ok(DestinationSessionEvent::Converged)
             }
+            ToDestination::Compare(range) => self.on_compare(range),
             ToDestination::OpenAttempt { attempt } => self.on_open_attempt(attempt),
             ToDestination::Final(last) => self.on_final(last),
             ToDestination::DeviceState {
@@ -233,6 +246,23 @@ impl DestinationSession {
             | ToDestination::Offer(_)
             | ToDestination::Converged) => self.violation(name(&other)),
         }
+    }
+
+    fn on_compare(
+        &mut self,
+        range: WindowRange,
+    ) -> Result<DestinationSessionEvent, ProtocolViolation> {
+        if self.phase != Phase::Copying {
+            return self.violation("Compare");
+        }
+        if !self.compares {
+            return self.violation("Compare, a feature that was not agreed");
+        }
+        if self.comparing >= MAX_COMPARES {
+            return self.violation(format!("Compare while {MAX_COMPARES} wait for an answer"));
+        }
+        self.comparing += 1;
+        Ok(DestinationSessionEvent::Compare(range))
     }
 
     fn on_open_attempt(
@@ -343,7 +373,7 @@ impl DestinationSession {
             Phase::Offered => ("OFFERED", "Cancel, Goodbye or Error before Ready"),
             Phase::Copying => (
                 "COPYING",
-                "Converged, OpenAttempt, Cancel, Goodbye or Error",
+                "Converged, Compare, OpenAttempt, Cancel, Goodbye or Error",
             ),
             Phase::Opening { .. } => ("OPENING", "Abort, Cancel or Error"),
             Phase::Opened { .. } => ("OPENED", "Final, Abort, Cancel or Error"),
@@ -368,6 +398,7 @@ fn name(message: &ToDestination) -> &'static str {
         ToDestination::Hello(_) => "Hello",
         ToDestination::Offer(_) => "Offer",
         ToDestination::Converged => "Converged",
+        ToDestination::Compare(_) => "Compare",
         ToDestination::OpenAttempt { .. } => "OpenAttempt",
         ToDestination::Final(_) => "Final",
         ToDestination::DeviceState { .. } => "DeviceState",

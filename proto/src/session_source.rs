@@ -9,11 +9,14 @@
 //! in doubt:   HELLO -> WELCOMED -> ASKING
 //! ```
 
+use std::collections::VecDeque;
+
 use crate::error::WireError;
 use crate::handover::SourceEvent;
 use crate::ids::{Attempt, Lane, SessionNumber};
 use crate::message::{
-    Digests, Hello, LaneProgress, Prepared, Ready, ToDestination, ToSource, Welcome,
+    Compared, Digests, Hello, LaneProgress, Prepared, Ready, ToDestination, ToSource, Welcome,
+    WindowDigest, WindowRange,
 };
 use crate::session::ProtocolViolation;
 use crate::version::{Features, VersionRange};
@@ -42,6 +45,8 @@ pub struct SourceSession {
     /// Highest attempt that was opened or asked for in this session.
     highest: Attempt,
     cancelling: bool,
+    /// What `Compare` asked for and was not answered yet.
+    comparing: VecDeque<WindowRange>,
 }
 
 /// What a legal message is, for the agent.
@@ -53,6 +58,8 @@ pub enum SourceSessionEvent {
     Ready(Ready),
     /// For the ledger.
     Progress(Vec<LaneProgress>),
+    /// What the destination still has.
+    Compared(Compared),
     /// Digests to compare.
     Digests(Digests),
     /// Everything that `Final` named is applied: the device state may be sent.
@@ -83,6 +90,7 @@ impl SourceSession {
             phase: Phase::Hello,
             highest: last,
             cancelling: false,
+            comparing: VecDeque::new(),
         }
     }
 
@@ -98,6 +106,7 @@ impl SourceSession {
                     regions: offer.spec.regions.len(),
                 };
             }
+            ToDestination::Compare(range) => self.comparing.push_back(*range),
             ToDestination::OpenAttempt { attempt } => {
                 self.highest = self.highest.max(*attempt);
                 self.phase = Phase::Opening { attempt: *attempt };
@@ -154,6 +163,7 @@ impl SourceSession {
             ToSource::Welcome(welcome) => self.on_welcome(welcome),
             ToSource::Ready(ready) => self.on_ready(ready),
             ToSource::Progress(lanes) => self.on_progress(lanes),
+            ToSource::Compared(compared) => self.on_compared(compared),
             ToSource::AttemptOpened { attempt } => self.on_attempt_opened(attempt),
             ToSource::Digests(digests) => self.on_digests(digests),
             ToSource::Complete { attempt } => self.on_complete(attempt),
@@ -240,6 +250,21 @@ impl SourceSession {
         Ok(SourceSessionEvent::Progress(lanes))
     }
 
+    /// Answers come in the order of the questions, and only of windows that were asked for.
+    fn on_compared(&mut self, compared: Compared) -> Result<SourceSessionEvent, ProtocolViolation> {
+        let Some(asked) = self.comparing.front() else {
+            return self.violation("Compared that was not asked for");
+        };
+        let other = |it: &&WindowDigest| !asked.contains(it.region, it.window);
+        if let Some(other) = compared.windows.iter().find(other) {
+            let WindowDigest { region, window, .. } = other;
+            let window = window.0;
+            return self.violation(format!("Compared with window {window} of region {region}"));
+        }
+        self.comparing.pop_front();
+        Ok(SourceSessionEvent::Compared(compared))
+    }
+
     fn on_attempt_opened(&self, attempt: Attempt) -> Result<SourceSessionEvent, ProtocolViolation> {
         if self.phase == (Phase::Opening { attempt }) {
             let event = SourceEvent::AttemptOpened { attempt };
@@ -321,7 +346,10 @@ impl SourceSession {
                 "Outcome of what was asked, Cancelled once asked for, or Error",
             ),
             Phase::Offered { .. } => ("OFFERED", "Ready or Error"),
-            Phase::Copying => ("COPYING", "Progress, Cancelled once asked for, or Error"),
+            Phase::Copying => (
+                "COPYING",
+                "Progress, Compared or Cancelled once asked for, or Error",
+            ),
             Phase::Opening { .. } => ("OPENING", "AttemptOpened, Outcome, Progress or Error"),
             Phase::Final { .. } => ("FINAL", "Digests, Complete, Outcome, Progress or Error"),
             Phase::StateSent { .. } => (

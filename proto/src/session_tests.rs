@@ -1,13 +1,14 @@
 //! Both session machines against each other, and each against a peer that breaks the order.
 
 use crate::error::{ErrorCode, WireError};
+use crate::geometry::WindowIndex;
 use crate::handover::{DestinationEvent, SourceEvent};
 use crate::ids::{
     Attempt, FrameSeq, Generation, Incarnation, Lane, MigrationId, RegisterId, SessionNumber,
 };
 use crate::message::{
-    AttemptKey, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming, Prepared, Ready,
-    ResumePoint, ToDestination, ToSource, Verdict, Welcome,
+    AttemptKey, Compared, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming, Prepared,
+    Ready, ResumePoint, ToDestination, ToSource, Verdict, Welcome, WindowDigest, WindowRange,
 };
 use crate::session::agree;
 use crate::session_destination::{DestinationSession, DestinationSessionEvent};
@@ -267,6 +268,7 @@ fn nothing_is_legal_for_the_destination_that_was_not_asked_for() {
         ToSource::Welcome(welcome()),
         ToSource::Ready(ready()),
         ToSource::AttemptOpened { attempt: ONE },
+        compared(&[]),
         ToSource::Complete { attempt: ONE },
         prepared(),
         outcome(Verdict::Aborted(why())),
@@ -383,4 +385,74 @@ fn versions_agree_on_the_newest_in_common_or_say_why_not() {
         ..hello()
     };
     assert_eq!(agree(&newer).unwrap_err().code, ErrorCode::VersionMismatch);
+}
+
+fn range(first: u32, count: u32) -> WindowRange {
+    WindowRange {
+        region: crate::ids::RegionId(0),
+        first: WindowIndex(first),
+        count,
+    }
+}
+
+fn compared(windows: &[u32]) -> ToSource {
+    let digest = |window: &u32| WindowDigest {
+        region: crate::ids::RegionId(0),
+        window: WindowIndex(*window),
+        digest: [7; 16],
+    };
+    ToSource::Compared(Compared {
+        windows: windows.iter().map(digest).collect(),
+    })
+}
+
+/// `[WIRE-48]`
+#[test]
+fn what_is_compared_is_asked_between_ready_and_an_attempt_and_answered_in_order() {
+    let mut pair = Pair::copying();
+    for first in 0..4 {
+        let asked = pair.say(ToDestination::Compare(range(first * 8, 8)));
+        assert_eq!(asked, DestinationSessionEvent::Compare(range(first * 8, 8)));
+    }
+    let fifth = ToDestination::Compare(range(32, 8));
+    assert!(pair.destination.on_message(fifth.clone()).is_err());
+    assert!(
+        pair.source.on_message(compared(&[8])).is_err(),
+        "of the second question before the first is answered"
+    );
+    for answer in [compared(&[0, 7]), compared(&[]), compared(&[16, 17])] {
+        let event = pair.answer(answer);
+        assert!(matches!(event, SourceSessionEvent::Compared(_)));
+    }
+    pair.say(fifth);
+    pair.answer(compared(&[24]));
+    pair.answer(compared(&[39]));
+    assert!(pair.source.on_message(compared(&[])).is_err());
+    let mut pair = Pair::opened();
+    let late = ToDestination::Compare(range(0, 1));
+    assert!(pair.destination.on_message(late).is_err(), "in an attempt");
+    let mut pair = Pair::new();
+    let early = ToDestination::Compare(range(0, 1));
+    assert!(
+        pair.destination.on_message(early).is_err(),
+        "before an offer"
+    );
+}
+
+/// `[WIRE-46]`
+#[test]
+fn a_peer_without_the_feature_is_not_compared_with() {
+    let mut destination = DestinationSession::new();
+    let plain = Hello {
+        features: Features(["zstd".to_owned()].into()),
+        ..hello()
+    };
+    destination.on_message(ToDestination::Hello(plain)).unwrap();
+    destination.on_sent(&ToSource::Welcome(welcome()));
+    destination
+        .on_message(ToDestination::Offer(offer()))
+        .unwrap();
+    destination.on_sent(&ToSource::Ready(ready()));
+    let asked = destination.on_message(ToDestination::Compare(range(0, 1)));
+    assert!(asked.unwrap_err().got.contains("feature"));
 }

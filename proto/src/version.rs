@@ -28,6 +28,11 @@ impl VersionRange {
     }
 }
 
+/// Frames of encoding 1 may be sent.
+pub const ZSTD: &str = "zstd";
+/// `Compare` may be asked (`[WIRE-48]`).
+pub const COMPARE: &str = "compare";
+
 /// A set of optional features; unknown names are ignored by the side that does not have them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Features(pub std::collections::BTreeSet<String>);
@@ -36,7 +41,7 @@ impl Features {
     /// Features of this build.
     #[must_use]
     pub fn supported() -> Self {
-        Self(["zstd"].into_iter().map(str::to_owned).collect())
+        Self([COMPARE, ZSTD].map(str::to_owned).into())
     }
 
     /// Features that both sides have.

@@ -20,7 +20,7 @@ use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::geometry::{RegionLen, WindowIndex};
 use vmferry_proto::ids::{Attempt, FrameSeq, Incarnation, Lane, RegionId, RegisterId};
 use vmferry_proto::message::{
-    AttemptKey, Digests, Hello, LaneProgress, Outcome, PrepareTiming, Prepared, Ready,
+    AttemptKey, Compared, Digests, Hello, LaneProgress, Outcome, PrepareTiming, Prepared, Ready,
     ToDestination, ToSource, Verdict, Welcome, WindowDigest,
 };
 use vmferry_proto::version::{Features, ProtocolVersion};
@@ -264,6 +264,7 @@ impl Play {
                 }
                 ToDestination::Hello(_)
                 | ToDestination::Converged
+                | ToDestination::Compare(_)
                 | ToDestination::Commit(_)
                 | ToDestination::Query(_)
                 | ToDestination::Abort { .. }
@@ -446,7 +447,7 @@ fn what_is_not_due_before_the_pause_ends_the_migration() {
 
 #[test]
 fn lies_about_a_paused_guest_bring_it_back() {
-    let misdeeds: [Misdeed; 8] = [
+    let misdeeds: [Misdeed; 9] = [
         ("committed before it may be", Moment::OpenAttempt, |facts| {
             Deed::Say(facts.committed(facts.attempt))
         }),
@@ -463,6 +464,11 @@ fn lies_about_a_paused_guest_bring_it_back() {
                     ..facts.key()
                 },
                 timing: PrepareTiming::default(),
+            }))
+        }),
+        ("what was not compared", Moment::Final, |_| {
+            Deed::Say(ToSource::Compared(Compared {
+                windows: Vec::new(),
             }))
         }),
         ("digests of another attempt", Moment::Final, |_| {

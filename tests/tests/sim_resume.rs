@@ -209,37 +209,51 @@ fn recover_removes_the_ledger_with_every_other_trace() {
     stage.expect_stayed(&guest);
 }
 
-/// What was left is of no use for the reason that `spoil` makes: it is named, and the copy begins again.
-fn begins_again(why: &str, spoil: impl FnOnce(&Stage)) {
+/// What was left is of no use for the reason that `spoil` makes: it is named, and both sides compare what they have.
+fn is_compared(why: &str, spoil: impl FnOnce(&Stage)) {
     let stage = Stage::set(PROGRAMS);
-    let guest = stage.guest(busy());
+    let guest = stage.guest(idle());
     let mut running = stage.begin(&guest, &slow_and_verified());
-    wait_for_bytes(&stage, &mut running, 24 << 20);
+    let done = wait_for_bytes(&stage, &mut running, 40 << 20);
     kill(running);
     spoil(&stage);
     let finished = stage.migrate(&guest, &VERIFY);
-    report(&stage, &finished);
+    let report = report(&stage, &finished);
     assert!(finished.stderr.contains(why), "{why:?} was not said");
+    expect_only_the_rest(why, &report, done);
     moved(&stage, &guest);
+}
+
+/// What an agent before this one had sent up to `done` was compared and not sent again.
+fn expect_only_the_rest(what: &str, report: &Value, done: u64) {
+    let (kept, raw) = (&report["kept_bytes"], &report["raw_bytes"]);
+    let (kept, raw) = (kept.as_u64().unwrap(), raw.as_u64().unwrap());
+    let content = RAM + DISK;
+    println!(
+        "{what}: {done} of {content} bytes were sent before, {kept} found equal ({:.3}), {raw} sent",
+        kept as f64 / done as f64
+    );
+    assert!(kept + ON_ITS_WAY >= done, "{kept} of {done} were kept");
+    assert!(kept + raw <= content + (2 << 20), "{kept} + {raw}");
 }
 
 #[test]
 fn a_lost_ledger_is_done_without() {
-    begins_again("No such file", |stage| {
+    is_compared("No such file", |stage| {
         std::fs::remove_file(file(stage, "web.source.ledger")).unwrap();
     });
 }
 
 #[test]
 fn a_lost_record_is_done_without() {
-    begins_again("it left no ledger", |stage| {
+    is_compared("it left no ledger", |stage| {
         std::fs::remove_file(file(stage, "web.source.tracking")).unwrap();
     });
 }
 
 #[test]
 fn a_foreign_ledger_is_not_believed() {
-    begins_again("no ledger of this version", |stage| {
+    is_compared("no ledger of this version", |stage| {
         let path = file(stage, "web.source.ledger");
         let len = std::fs::metadata(&path).unwrap().len();
         std::fs::write(&path, vec![0x55; usize::try_from(len).unwrap()]).unwrap();
@@ -248,11 +262,47 @@ fn a_foreign_ledger_is_not_believed() {
 
 #[test]
 fn a_torn_record_is_not_believed() {
-    begins_again("is damaged", |stage| {
+    is_compared("is damaged", |stage| {
         let path = file(stage, "web.source.tracking");
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     });
+}
+
+/// The guest writes while it is compared, and before: what differs is sent.
+#[test]
+fn a_busy_guest_whose_ledger_is_lost_is_compared() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(busy());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    let done = wait_for_bytes(&stage, &mut running, 40 << 20);
+    kill(running);
+    std::fs::remove_file(file(&stage, "web.source.ledger")).unwrap();
+    guest.wait_for_beats(20).unwrap();
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    let (kept, raw) = (&report["kept_bytes"], &report["raw_bytes"]);
+    println!("busy guest: {done} bytes were sent before, {kept} found equal, {raw} sent");
+    let (kept, raw) = (kept.as_u64().unwrap(), raw.as_u64().unwrap());
+    // What it writes meanwhile lies in a few windows.
+    assert!(kept + ON_ITS_WAY + (12 << 20) >= done, "{report}");
+    assert!(raw < RAM + DISK - kept + (8 << 20), "{report}");
+    moved(&stage, &guest);
+}
+
+#[test]
+fn both_agents_that_are_killed_and_a_lost_ledger_are_compared() {
+    let mut stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    let done = wait_for_bytes(&stage, &mut running, 40 << 20);
+    kill(running);
+    replace_destination(&mut stage);
+    std::fs::remove_file(file(&stage, "web.source.ledger")).unwrap();
+    let finished = stage.migrate(&guest, &VERIFY);
+    let report = report(&stage, &finished);
+    expect_only_the_rest("both killed, ledger lost", &report, done);
+    moved(&stage, &guest);
 }
 
 #[test]

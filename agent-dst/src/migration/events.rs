@@ -155,6 +155,12 @@ impl Migration {
             DestinationSessionEvent::Converged => {
                 self.ask_hook(Phase::Converged, Then::Nothing).await;
             }
+            DestinationSessionEvent::Compare(range) => {
+                let asked = self.session.as_ref().map(|session| session.compare(range));
+                if let Some(Err(error)) = asked {
+                    self.on_violation(error).await;
+                }
+            }
             DestinationSessionEvent::Final(order) => {
                 let attempt = order.attempt;
                 self.on_order(attempt, Order::Final(order)).await;

@@ -445,7 +445,7 @@ impl Client {
                     assert_eq!(error.code, code, "{error}");
                     return error;
                 }
-                ToSource::Outcome(_) | ToSource::Complete { .. } => {}
+                ToSource::Outcome(_) | ToSource::Complete { .. } | ToSource::Compared(_) => {}
                 other => panic!("not an error: {other:?}"),
             }
         }

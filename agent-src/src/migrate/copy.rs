@@ -33,6 +33,7 @@ impl Migration {
         }
         if self.stats.rounds.is_empty() {
             self.scan(Barrier::Wait).await?;
+            self.compare().await?;
         }
         loop {
             match policy::decide(&self.situation()) {

@@ -228,9 +228,10 @@ impl Migration {
                 self.session = None;
                 Err(MigrateError::Peer(error))
             }
-            // Late answers of an attempt that was rolled back.
+            // Late answers of an attempt that was rolled back; what is compared is read where it is asked for.
             ToSource::AttemptOpened { .. }
             | ToSource::Digests(_)
+            | ToSource::Compared(_)
             | ToSource::Complete { .. }
             | ToSource::Prepared(_)
             | ToSource::Outcome(_) => Ok(()),
@@ -299,8 +300,11 @@ impl Migration {
             }
             ToSource::Cancelled => Some(SourceEvent::Cancelled),
             ToSource::Error(error) => Some(self.drop_session(&MigrateError::Peer(error))),
-            // Digests and Complete belong to the flight, which reads them itself; Ready may cross a cancel on the way.
-            ToSource::Digests(_) | ToSource::Complete { .. } | ToSource::Ready(_) => None,
+            // Digests and Complete belong to the flight, which reads them itself; Ready and Compared may cross a cancel on the way.
+            ToSource::Digests(_)
+            | ToSource::Complete { .. }
+            | ToSource::Ready(_)
+            | ToSource::Compared(_) => None,
             ToSource::Welcome(_) => {
                 let error = unexpected("a message of another phase during the handover");
                 Some(self.drop_session(&MigrateError::Protocol(error)))

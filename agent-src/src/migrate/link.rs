@@ -55,6 +55,8 @@ impl Migration {
             .ledger
             .on_ready(self.handover.session(), self.options.lanes, &ready)
             .map_err(|error| MigrateError::Protocol(WireError::from(error)))?;
+        // Without an earlier agent's tracking the ledger is new.
+        self.to_compare |= !self.tracking && ready.resume.is_some();
         if ready.resume.is_some() {
             tracing::debug!(?resumed, "the copy goes on");
         }

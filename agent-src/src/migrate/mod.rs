@@ -6,12 +6,13 @@
 //! to the guest and when; this module carries it out (`act`) and reports what came of it.
 //!
 //! ```text
-//! drive ── copy  (rounds, ledger, policy)         agent's own decisions
+//! drive ── copy  (compare, rounds, ledger, policy) agent's own decisions
 //!       └─ act   (record, pause, resume, release)  the machine's decisions
 //!          └─ flight (last blocks, Final, digests, device state)
 //! ```
 
 mod act;
+mod compare;
 mod copy;
 mod flight;
 mod inputs;
@@ -68,6 +69,8 @@ pub struct Migration {
     run_state: RunState,
     tracking: bool,
     ledger: Ledger,
+    /// Whether the destination may have what the ledger takes for dirty, since it knows nothing of an earlier agent's copy.
+    to_compare: bool,
     /// Files from which a later agent can go on, where they are kept.
     durable: Option<DurableFiles>,
     counters: Arc<LaneCounters>,
@@ -210,6 +213,7 @@ impl Migration {
             run_state,
             tracking,
             ledger,
+            to_compare: false,
             durable,
             counters: Arc::new(LaneCounters::new(options.compress)),
             ticker: ticker(),

@@ -43,6 +43,8 @@ pub struct Stats {
     pub bytes_compared: u64,
     /// Discarded pages that were sent again.
     pub resent_discarded: u64,
+    /// Bytes that the destination had kept of an earlier agent's copy: compared instead of sent.
+    pub kept_bytes: u64,
     /// Sessions opened.
     pub sessions: u64,
     /// Pauses of the guest.
@@ -75,6 +77,7 @@ impl Stats {
             windows_compared: 0,
             bytes_compared: 0,
             resent_discarded: 0,
+            kept_bytes: 0,
             sessions: 0,
             attempts: 0,
             agent: None,

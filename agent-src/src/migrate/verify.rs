@@ -11,7 +11,7 @@ use vmferry_common::digest::WindowHasher;
 use vmferry_hypervisor::RegionReader;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowIndex, WindowRef};
-use vmferry_proto::ids::Attempt;
+use vmferry_proto::ids::{Attempt, RegionId};
 use vmferry_proto::message::{Digests, ToSource, VerifyWindows, WindowDigest};
 use vmferry_proto::spec::RegionKind;
 
@@ -202,19 +202,29 @@ async fn digest_region(
     len: RegionLen,
     asked: VerifyWindows,
 ) -> Result<Vec<WindowDigest>, MigrateError> {
+    let windows = (asked.first.0..len.windows()).step_by(asked.stride.max(1) as usize);
+    digest_windows(reader, hasher, len, asked.region, windows.map(WindowIndex)).await
+}
+
+/// Digests of these windows of a region, in their order.
+pub(super) async fn digest_windows(
+    reader: Arc<dyn RegionReader>,
+    hasher: Arc<WindowHasher>,
+    len: RegionLen,
+    region: RegionId,
+    windows: impl IntoIterator<Item = WindowIndex>,
+) -> Result<Vec<WindowDigest>, MigrateError> {
     let mut digests = Vec::new();
     let mut content = Vec::new();
-    let mut window = asked.first;
-    while window.0 < len.windows() {
+    for window in windows {
         let all = len.all_of(window);
         content.resize(len.bytes_of(window, &all) as usize, 0);
         reader.read(&len.runs(window, &all), &mut content).await?;
         digests.push(WindowDigest {
-            region: asked.region,
+            region,
             window,
             digest: hasher.digest(&content),
         });
-        window = WindowIndex(window.0.saturating_add(asked.stride));
     }
     Ok(digests)
 }

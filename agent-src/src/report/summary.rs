@@ -262,6 +262,12 @@ fn totals(report: &Report) -> String {
             ),
         );
     }
+    if report.kept_bytes > 0 {
+        total(
+            "kept",
+            format!("{} found equal at the destination", Size(report.kept_bytes)),
+        );
+    }
     if report.sessions > 1 || report.attempts > 1 {
         total(
             "sessions",

@@ -42,7 +42,7 @@ impl Field {
 }
 
 /// Room for the counts of one level's fields.
-const MOST_FIELDS: usize = 4;
+const MOST_FIELDS: usize = 5;
 
 const LANES: usize = limits::MAX_LANES as usize;
 
@@ -97,6 +97,15 @@ pub(super) const TO_SOURCE: &[Field] = &[
         5,
         "digests",
         &[Field::list(2, "digests.windows", limits::MAX_DIGESTS)],
+    ),
+    Field::holder(
+        11,
+        "compared",
+        &[Field::list(
+            1,
+            "compared.windows",
+            limits::MAX_COMPARE_WINDOWS as usize,
+        )],
     ),
 ];
 

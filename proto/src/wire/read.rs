@@ -12,8 +12,9 @@ use crate::ids::{
 };
 use crate::limits;
 use crate::message::{
-    AttemptKey, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming, Prepared,
-    Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome, WindowDigest,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming,
+    Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome,
+    WindowDigest, WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::{Features, ProtocolVersion, VersionRange};
@@ -34,6 +35,7 @@ impl Door for ToDestination {
             Message::Hello(it) => Self::Hello(hello(it)?),
             Message::Offer(it) => Self::Offer(offer(it)?),
             Message::Converged(schema::Converged {}) => Self::Converged,
+            Message::Compare(it) => Self::Compare(window_range(&it)?),
             Message::OpenAttempt(it) => Self::OpenAttempt {
                 attempt: attempt("open_attempt.attempt", it.attempt)?,
             },
@@ -72,6 +74,7 @@ impl Door for ToSource {
             Message::Welcome(it) => Self::Welcome(welcome(it)?),
             Message::Ready(it) => Self::Ready(ready(&it)?),
             Message::Progress(it) => Self::Progress(lane_progress("progress.lanes", &it.lanes)?),
+            Message::Compared(it) => Self::Compared(compared(&it)?),
             Message::AttemptOpened(it) => Self::AttemptOpened {
                 attempt: attempt("attempt_opened.attempt", it.attempt)?,
             },
@@ -446,6 +449,32 @@ fn digests(digests: &schema::Digests) -> Read<Digests> {
             .map(window_digest)
             .collect::<Read<_>>()?,
         last: digests.last,
+    })
+}
+
+fn window_range(range: &schema::WindowRange) -> Read<WindowRange> {
+    Ok(WindowRange {
+        region: region_id("compare.region", range.region)?,
+        first: WindowIndex(range.first),
+        count: small("compare.count", range.count, 1, limits::MAX_COMPARE_WINDOWS)?,
+    })
+}
+
+fn compared(compared: &schema::Compared) -> Read<Compared> {
+    length(
+        "compared.windows",
+        compared.windows.len(),
+        0,
+        limits::MAX_COMPARE_WINDOWS as usize,
+    )?;
+    let keys = compared.windows.iter();
+    ascending("compared.windows", keys.map(|it| (it.region, it.window)))?;
+    Ok(Compared {
+        windows: compared
+            .windows
+            .iter()
+            .map(window_digest)
+            .collect::<Read<_>>()?,
     })
 }
 

@@ -4,8 +4,9 @@ use super::schema::{self, outcome, to_destination, to_source};
 use crate::error::WireError;
 use crate::ids::{Attempt, FrameSeq};
 use crate::message::{
-    AttemptKey, Digests, Final, Hello, LaneProgress, Offer, Outcome, Prepared, Ready, ResumePoint,
-    ToDestination, ToSource, Verdict, VerifyWindows, Welcome, WindowDigest,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, Prepared, Ready,
+    ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome, WindowDigest,
+    WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::Features;
@@ -16,6 +17,7 @@ pub(super) fn to_destination(message: &ToDestination) -> schema::ToDestination {
         ToDestination::Hello(it) => Message::Hello(hello(it)),
         ToDestination::Offer(it) => Message::Offer(offer(it)),
         ToDestination::Converged => Message::Converged(schema::Converged {}),
+        ToDestination::Compare(it) => Message::Compare(window_range(*it)),
         ToDestination::OpenAttempt { attempt } => {
             Message::OpenAttempt(schema::OpenAttempt { attempt: attempt.0 })
         }
@@ -52,6 +54,7 @@ pub(super) fn to_source(message: &ToSource) -> schema::ToSource {
         ToSource::Progress(lanes) => Message::Progress(schema::Progress {
             lanes: lane_progress(lanes),
         }),
+        ToSource::Compared(it) => Message::Compared(compared(it)),
         ToSource::AttemptOpened { attempt } => {
             Message::AttemptOpened(schema::AttemptOpened { attempt: attempt.0 })
         }
@@ -220,6 +223,20 @@ fn digests(digests: &Digests) -> schema::Digests {
         attempt: digests.attempt.0,
         windows: digests.windows.iter().map(window_digest).collect(),
         last: digests.last,
+    }
+}
+
+fn window_range(range: WindowRange) -> schema::WindowRange {
+    schema::WindowRange {
+        region: u32::from(range.region.0),
+        first: range.first.0,
+        count: range.count,
+    }
+}
+
+fn compared(compared: &Compared) -> schema::Compared {
+    schema::Compared {
+        windows: compared.windows.iter().map(window_digest).collect(),
     }
 }
 

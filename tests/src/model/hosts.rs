@@ -452,6 +452,7 @@ impl World {
             ToDestination::Hello(_)
             | ToDestination::Offer(_)
             | ToDestination::Converged
+            | ToDestination::Compare(_)
             | ToDestination::Final(_)
             | ToDestination::DeviceState { .. }
             | ToDestination::Error(_) => {
@@ -534,6 +535,7 @@ impl World {
             | ToSource::Ready(_)
             | ToSource::Progress(_)
             | ToSource::Digests(_)
+            | ToSource::Compared(_)
             | ToSource::Complete { .. }
             | ToSource::Error(_) => {
                 self.blame("the destination's machine sent what is the agent's to send");

@@ -940,6 +940,48 @@ fn a_bad_attempt_is_refused() {
             ..
         }
     );
+    for count in [0, limits::MAX_COMPARE_WINDOWS + 1] {
+        refused!(
+            "compare",
+            to_destination,
+            Compare,
+            |it| it.count = count,
+            OutOfRange {
+                field: "compare.count",
+                ..
+            }
+        );
+    }
+    refused!(
+        "compare",
+        to_destination,
+        Compare,
+        |it| it.region = 1024,
+        OutOfRange {
+            field: "compare.region",
+            ..
+        }
+    );
+    refused!(
+        "compared",
+        to_source,
+        Compared,
+        |it| it.windows[1] = it.windows[0].clone(),
+        Order {
+            field: "compared.windows"
+        }
+    );
+    refused!(
+        "compared",
+        to_source,
+        Compared,
+        |it| it.windows =
+            vec![schema::WindowDigest::default(); limits::MAX_COMPARE_WINDOWS as usize + 1],
+        Length {
+            field: "compared.windows",
+            ..
+        }
+    );
     refused!(
         "prepared",
         to_source,

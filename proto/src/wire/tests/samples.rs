@@ -10,8 +10,9 @@ use crate::ids::{
 };
 use crate::limits;
 use crate::message::{
-    AttemptKey, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming, Prepared,
-    Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome, WindowDigest,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming,
+    Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome,
+    WindowDigest, WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::{Features, ProtocolVersion, VersionRange};
@@ -108,6 +109,11 @@ pub(super) fn to_destination() -> Vec<(&'static str, ToDestination)> {
         }],
         run_state: RunState::Paused,
     };
+    let compare = WindowRange {
+        region: RegionId(1),
+        first: WindowIndex(512),
+        count: 256,
+    };
     let device_state = ToDestination::DeviceState {
         attempt,
         len: 32_768,
@@ -117,6 +123,7 @@ pub(super) fn to_destination() -> Vec<(&'static str, ToDestination)> {
         ("hello", ToDestination::Hello(hello)),
         ("offer", ToDestination::Offer(offer())),
         ("converged", ToDestination::Converged),
+        ("compare", ToDestination::Compare(compare)),
         ("open_attempt", ToDestination::OpenAttempt { attempt }),
         ("final", ToDestination::Final(last)),
         ("device_state", device_state),
@@ -158,6 +165,9 @@ pub(super) fn to_source() -> Vec<(&'static str, ToSource)> {
         windows: vec![window_digest(1, 2)],
         last: true,
     };
+    let compared = Compared {
+        windows: vec![window_digest(1, 512), window_digest(1, 514)],
+    };
     let prepared = Prepared {
         key: key(),
         timing: PrepareTiming {
@@ -182,6 +192,7 @@ pub(super) fn to_source() -> Vec<(&'static str, ToSource)> {
         ("welcome", ToSource::Welcome(welcome)),
         ("ready", ToSource::Ready(ready)),
         ("progress", ToSource::Progress(progress)),
+        ("compared", ToSource::Compared(compared)),
         ("attempt_opened", ToSource::AttemptOpened { attempt }),
         ("digests", ToSource::Digests(digests)),
         ("complete", ToSource::Complete { attempt }),
@@ -349,6 +360,15 @@ pub(super) fn any_to_destination() -> impl Strategy<Value = ToDestination> {
         any_hello().prop_map(ToDestination::Hello),
         any_spec().prop_map(|spec| ToDestination::Offer(Offer { spec })),
         Just(ToDestination::Converged),
+        (0u16..1024, any::<u32>(), 1..=limits::MAX_COMPARE_WINDOWS).prop_map(
+            |(region, first, count)| {
+                ToDestination::Compare(WindowRange {
+                    region: RegionId(region),
+                    first: WindowIndex(first),
+                    count,
+                })
+            }
+        ),
         any_attempt().prop_map(|attempt| ToDestination::OpenAttempt { attempt }),
         any_final().prop_map(ToDestination::Final),
         (any_attempt(), 1..=limits::MAX_DEVICE_STATE, any::<u128>()).prop_map(
@@ -397,6 +417,21 @@ fn any_digests() -> impl Strategy<Value = Digests> {
         })
 }
 
+fn any_compared() -> impl Strategy<Value = Compared> {
+    prop::collection::btree_map((0u16..1024, any::<u32>()), any_id(), 0..5).prop_map(|windows| {
+        let windows = windows.into_iter();
+        Compared {
+            windows: windows
+                .map(|((region, window), digest)| WindowDigest {
+                    region: RegionId(region),
+                    window: WindowIndex(window),
+                    digest,
+                })
+                .collect(),
+        }
+    })
+}
+
 fn any_verdict() -> impl Strategy<Value = Verdict> {
     prop_oneof![
         any::<(u64, u64)>().prop_map(|(record_us, start_us)| Verdict::Committed {
@@ -437,6 +472,7 @@ pub(super) fn any_to_source() -> impl Strategy<Value = ToSource> {
         any_ready().prop_map(ToSource::Ready),
         any_lanes().prop_map(ToSource::Progress),
         any_attempt().prop_map(|attempt| ToSource::AttemptOpened { attempt }),
+        any_compared().prop_map(ToSource::Compared),
         any_digests().prop_map(ToSource::Digests),
         any_attempt().prop_map(|attempt| ToSource::Complete { attempt }),
         prepared.prop_map(ToSource::Prepared),
