@@ -101,3 +101,33 @@ fn agents_that_are_killed_in_the_copy_of_a_busy_guest_are_gone_on_with() {
         .unwrap();
     assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 1);
 }
+
+/// What is left of the killed agent is of no use: the destination's QEMU has its copy, and both sides compare.
+#[test]
+fn a_real_guest_whose_ledger_is_lost_is_compared() {
+    let Some(lab) = Lab::get() else { return };
+    let pair = busy(lab, "compared");
+    pair.expect_launched().unwrap();
+    let source = pair.boot().unwrap();
+    let name = pair.guest.name();
+    let agent = pair.beta.host.serve(&[]).unwrap();
+    let host = &pair.alpha.host;
+    let mut migration = host.start_migrate(name, agent.port, &SLOW).unwrap();
+    let before = wait_for_bytes(&pair, &pair.alpha, &mut migration, 400 * MIB);
+    kill(migration);
+    let ledger = host.path(&format!("state/run/{name}.source.ledger"));
+    std::fs::remove_file(ledger).unwrap();
+    let migration = host.start_migrate(name, agent.port, &VERIFIED).unwrap();
+    let done = migration.wait(LIMIT).unwrap();
+    println!("{}", done.stderr);
+    let report = committed(&done, &agent).unwrap();
+    let (all, kept) = (content(&report), report["kept_bytes"].as_u64().unwrap());
+    println!(
+        "{name}: killed after {before} bytes, {kept} found equal, {} of {all} accounted for",
+        report["raw_bytes"]
+    );
+    assert!(kept > before / 2, "{kept} of {before}");
+    assert_eq!(report["verified"]["bytes"].as_u64(), Some(all), "{report}");
+    pair.arrived(source.pid(), &pair.beta, &done, report)
+        .unwrap();
+}
