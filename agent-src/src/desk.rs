@@ -232,6 +232,12 @@ pub(crate) fn machine(
 ) -> Result<(SourceHandover, Vec<SourceAction>), NotBegun> {
     match desk.found(&options.guest.name)? {
         Some(found) if is_left_of(&found, options, desk) => Ok(SourceHandover::recover(found)),
+        // The guest was booted afresh: what the destination has of its copy is compared.
+        Some(found) if is_copy_for(&found, options) => Ok(SourceHandover::recover(SourceRecord {
+            process: desk.guest.process().into(),
+            shared_disks: has_shared_disks(desk),
+            ..found
+        })),
         Some(_) | None => Ok((SourceHandover::new(facts(options, desk)?), Vec::new())),
     }
 }
@@ -248,13 +254,22 @@ fn is_left_of(found: &SourceRecord, options: &MigrateOptions, desk: &Desk) -> bo
 fn is_unfinished(found: &SourceRecord, options: &MigrateOptions) -> bool {
     match &found.state {
         // Gone on with only where the destination is the same one.
-        SourceState::Copying { .. } => found.peer.address == options.to.to_string(),
+        SourceState::Copying { .. } => is_copy_for(found, options),
         SourceState::Pausing { .. }
         | SourceState::Committing { .. }
         | SourceState::RolledBack { .. }
         | SourceState::Fenced { .. } => true,
         SourceState::Released { .. } | SourceState::Ended { .. } => false,
     }
+}
+
+fn is_copy_for(found: &SourceRecord, options: &MigrateOptions) -> bool {
+    matches!(found.state, SourceState::Copying { .. })
+        && found.peer.address == options.to.to_string()
+}
+
+fn has_shared_disks(desk: &Desk) -> bool {
+    !desk.guest.spec().shared_disks.is_empty()
 }
 
 fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun> {
@@ -271,6 +286,6 @@ fn facts(options: &MigrateOptions, desk: &Desk) -> Result<SourceFacts, NotBegun>
             identity: options.to.host.clone(),
         },
         process: desk.guest.process().into(),
-        shared_disks: !desk.guest.spec().shared_disks.is_empty(),
+        shared_disks: has_shared_disks(desk),
     })
 }

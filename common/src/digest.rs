@@ -6,7 +6,7 @@
 use vmferry_proto::ids::MigrationId;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-/// Makes the digests by which both sides compare windows while the guest is paused.
+/// Makes the digests by which both sides compare windows: while the guest is paused, and where a ledger was lost.
 #[derive(Debug, Clone)]
 pub struct WindowHasher {
     key: [u8; 32],

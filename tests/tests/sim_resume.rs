@@ -290,6 +290,28 @@ fn a_busy_guest_whose_ledger_is_lost_is_compared() {
     moved(&stage, &guest);
 }
 
+/// Its memory is another one, but for what a guest always has, and its disk is the same.
+#[test]
+fn a_guest_that_was_booted_again_is_compared_with_the_copy_of_the_one_before() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(idle());
+    let mut running = stage.begin(&guest, &slow_and_verified());
+    let done = wait_for_bytes(&stage, &mut running, 40 << 20);
+    kill(running);
+    vmferry_tests::harness::process::kill(guest.first_pid());
+    // The copy writes to this very file when it runs.
+    std::fs::write(stage.alpha.path("web.beats"), "").unwrap();
+    let again = stage.guest(idle());
+    let finished = stage.migrate(&again, &VERIFY);
+    let report = report(&stage, &finished);
+    assert!(finished.stderr.contains("comparing with"), "{report}");
+    let (kept, raw) = (&report["kept_bytes"], &report["raw_bytes"]);
+    println!("booted again: {done} bytes were sent before, {kept} found equal, {raw} sent");
+    let (kept, raw) = (kept.as_u64().unwrap(), raw.as_u64().unwrap());
+    assert!(kept + raw >= RAM + DISK, "{report}");
+    moved(&stage, &again);
+}
+
 #[test]
 fn both_agents_that_are_killed_and_a_lost_ledger_are_compared() {
     let mut stage = Stage::set(PROGRAMS);
