@@ -7,8 +7,8 @@
 //!
 //! The files survive the death of a process, not of the machine, and need not: that takes the guest with it.
 //!
-//! A mapping was chosen over plain writes for its cost, as each frame and each piece of a scan changes a few words: some 50 ns
-//! here, and two to four system calls of about 1 us each there.
+//! A mapping was chosen over plain writes, as each frame and each piece of a scan changes a few words in several places: a few stores
+//! here, and as many system calls there.
 
 mod ledger_file;
 mod words;

@@ -1,12 +1,15 @@
 //! The mapped ledger against a plain one, with a process that may die between any two stores.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use proptest::prelude::*;
 use vmferry_common::storage::Files;
 use vmferry_proto::frame::lane_of;
+use vmferry_proto::ledger::{LedgerLog, SentFrame};
 
+use super::writer::LedgerWriter;
 use super::*;
 
 type Block = (u16, u32, u32);
