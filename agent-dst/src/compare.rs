@@ -2,7 +2,7 @@
 //!
 //! Owns the answering, one question after the other and apart from the lanes. A window is answered for only if all of it was received
 //! for the copy that is here, and its disk is flushed, so that the answer stays true for as long as the incarnation
-//! does (`[WIRE-49]`). What cannot be read back is left out: it comes once more.
+//! does (`[WIRE-50]`). What cannot be read back is left out: it comes once more.
 
 use std::sync::Arc;
 

@@ -112,7 +112,7 @@ fn compare(region: u16) -> ToDestination {
     })
 }
 
-/// `[WIRE-48]`
+/// `[WIRE-49]`
 #[tokio::test]
 async fn questions_about_no_region_or_too_many_at_once_end_the_session() {
     let site = Site::new();

@@ -120,7 +120,7 @@ fn range(region: u16, first: u32, count: u32) -> ToDestination {
     })
 }
 
-/// `[WIRE-48]`: in the order of the questions, of whole windows that are there and of no others.
+/// `[WIRE-49]`: in the order of the questions, of whole windows that are there and of no others.
 #[tokio::test]
 async fn what_the_copy_has_is_compared() {
     let site = Site::new();

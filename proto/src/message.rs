@@ -22,7 +22,7 @@ pub enum ToDestination {
     /// What is left fits the limits: the cutover begins now or at the trigger. For the destination's hooks and
     /// status only; may be said again after more copying.
     Converged,
-    /// Asks for the digests of what the destination still has of these windows, outside an attempt (`[WIRE-48]`).
+    /// Asks for the digests of what the destination still has of these windows, outside an attempt (`[WIRE-49]`).
     Compare(WindowRange),
     /// Asks the destination to make attempt `attempt` known (durably) before the guest is paused.
     OpenAttempt {

@@ -406,7 +406,7 @@ fn compared(windows: &[u32]) -> ToSource {
     })
 }
 
-/// `[WIRE-48]`
+/// `[WIRE-49]`
 #[test]
 fn what_is_compared_is_asked_between_ready_and_an_attempt_and_answered_in_order() {
     let mut pair = Pair::copying();

@@ -30,7 +30,7 @@ impl VersionRange {
 
 /// Frames of encoding 1 may be sent.
 pub const ZSTD: &str = "zstd";
-/// `Compare` may be asked (`[WIRE-48]`).
+/// `Compare` may be asked (`[WIRE-49]`).
 pub const COMPARE: &str = "compare";
 
 /// A set of optional features; unknown names are ignored by the side that does not have them.

@@ -1,6 +1,6 @@
 //! A copy without its ledger: what the destination kept of it is compared, and only what differs is sent again.
 //!
-//! Owns the questions and what an answer makes of the ledger (`[WIRE-48]`). The order is that of the copy: marks armed, barrier, then
+//! Owns the questions and what an answer makes of the ledger (`[WIRE-49]`). The order is that of the copy: marks armed, barrier, then
 //! the window is read and digested here; a later write has its mark, and is found by the next scan. Nothing is sent meanwhile, so
 //! the destination's windows stand still. Both sides digest at the same time, some questions ahead of the answers.
 

@@ -778,7 +778,7 @@ mod against_an_oracle {
         }
 
         fn compare(&mut self) {
-            // `[WIRE-49]`: what the destination says to have is flushed.
+            // `[WIRE-50]`: what the destination says to have is flushed.
             self.flush();
             for (at, content) in std::mem::take(&mut self.compared) {
                 let equal =
