@@ -2,13 +2,14 @@
 //!
 //! Owns the world that stands for everything outside of the agents' code, and the rules by which a run is judged. Real are: both
 //! agents from the desk (`vmferry_src::run`) and the server (`vmferry_dst::Server`) on, the machines, the ledger, the journal's
-//! and QUIC's own code. Simulated are: hypervisors and guest, the disks under the journals, the packets' way, the clock, and
-//! the people and service managers around them. No code of the agents knows that it is simulated.
+//! and QUIC's own code. Simulated are: hypervisors and guest with its dirty marks, the disks under the journals and under what an
+//! agent leaves for a later one, the packets' way, the clock, and the people and service managers around them. No code of the
+//! agents knows that it is simulated.
 //!
 //! ```text
-//!  plan ──> run ──┬─ alpha: vmferry-src migrate | recover | resolve     guest, source
+//!  plan ──> run ──┬─ alpha: vmferry-src migrate | recover | resolve     guest, source, tracking
 //!  (seed)         ├─ beta:  vmferry-dst serve                           guest, target
-//!                 ├─ people, faults at times                            storage
+//!                 ├─ people, faults at times                            storage, words
 //!                 └─ world: hosts, hypervisors, faults at effects       network
 //!                       └─ facts ──> check
 //! ```

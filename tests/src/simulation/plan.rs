@@ -67,6 +67,8 @@ pub enum Strike {
     KillVm,
     /// The host's agent is killed with its hypervisor of the guest.
     KillAgentAndVm(Duration),
+    /// The host's agent is killed, and what it leaves in its run folder is lost: somebody cleans up there.
+    KillAgentAndNotes(Duration),
     /// The host loses power for this time: agent, hypervisor, and whatever was not synced.
     Power(Duration),
     /// Both agents are killed.
@@ -209,13 +211,14 @@ impl Plan {
         let scans = |plan: Self, dice: &mut Dice| plan.with_source_killed_in_scans(dice);
         let flushes = |plan: Self, dice: &mut Dice| plan.with_destination_killed_in_copy(dice);
         match self.flaw {
-            // Only where an agent is killed at just that moment do these show.
+            // These show only where an agent is killed at just that moment.
             Some(Flaw::ForgetsScan | Flaw::ForgetsBitmap) => scans(self, dice),
             Some(Flaw::ClaimsFlushed) => flushes(self, dice),
             Some(_) => self.with_any_strikes(dice),
-            None => match dice.below(10) {
+            None => match dice.below(12) {
                 0 => scans(self, dice),
                 1 => flushes(self, dice),
+                2 => self.with_source_ledger_lost(dice),
                 _ => self.with_any_strikes(dice),
             },
         }
@@ -234,6 +237,15 @@ impl Plan {
                 strike: Strike::KillAgent(dice.millis(1, 2_000)),
             });
         }
+        self
+    }
+
+    /// The source's agent is killed in a copy that lasts, and nothing is left of its ledger.
+    fn with_source_ledger_lost(mut self, dice: &mut Dice) -> Self {
+        self.wish.limits.cutover = Cutover::Manual;
+        let at = self.some_time(dice);
+        let strike = Strike::KillAgentAndNotes(dice.millis(1, 2_000));
+        self.acts.push((at, Act::Strike(HostId::Alpha, strike)));
         self
     }
 

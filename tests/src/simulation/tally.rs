@@ -67,6 +67,10 @@ fn meet_note(text: &str, meet: &mut impl FnMut(&'static str)) {
         ("fault at Alpha: Fail", "an order or a disk failed"),
         ("fault at Beta: Fail", "an order or a disk failed"),
         (
+            "fault at Alpha: KillAgentAndNotes",
+            "source agent killed, its ledger lost",
+        ),
+        (
             "fault at Alpha: KillAgentAndVm",
             "agent and hypervisor killed",
         ),

@@ -247,6 +247,10 @@ impl State {
                 self.kill_agent(host, down);
                 self.kill_vms(host, "killed");
             }
+            Strike::KillAgentAndNotes(down) => {
+                self.kill_agent(host, down);
+                self.host(host).run = Disk::default();
+            }
             Strike::Power(down) => self.cut_power(host, down),
             Strike::CutLink(time) => self.cut_until = self.cut_until.max(self.now + time),
             // It is the effect's own.
