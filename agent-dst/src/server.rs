@@ -1,7 +1,7 @@
 //! The waiting agent: accepts connections, lets them in, and hands each to the migration of its guest.
 //!
-//! Owns the endpoint, the table of migrations and the graceful stop. Invariant: a guest name has one migration at a
-//! time; a second one begins only when the first has ended and let go of the name.
+//! Owns the endpoint, the table of migrations and the graceful stop; what an earlier agent left is taken up by `recovery`. Invariant: a
+//! guest name has one migration at a time; a second one begins only when the first has ended and let go of the name.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -34,6 +34,10 @@ use crate::host::Host;
 use crate::migration::{self, MigrationHandle, Parts, Request};
 use crate::session::{Opening, Outgoing};
 use crate::status::{MigrationStatus, Tracker};
+
+mod recovery;
+
+use recovery::Recovery;
 
 /// How long a peer may take to say `Hello`: it is the first thing that a source does.
 const HELLO_TIME: Duration = Duration::from_secs(10);
@@ -98,7 +102,10 @@ impl Server {
     /// Finishes what the journal says, then serves until stopped: migrations before their commit are told, those that
     /// are owned are seen through.
     pub async fn run(self: Arc<Self>) {
-        self.recover_all().await;
+        let mut recovery = Recovery::default();
+        if !recovery.take_up_all(&self).await {
+            self.tasks.spawn(recovery.finish(self.clone()));
+        }
         loop {
             let incoming = tokio::select! {
                 biased;
@@ -318,63 +325,6 @@ impl Server {
             awaited,
         };
         migration::spawn(parts, actions)
-    }
-
-    /// Finishes what the journal says of guests that no agent is at work on.
-    async fn recover_all(&self) {
-        let guests = match self.host.store.guests() {
-            Ok(guests) => guests,
-            Err(error) => {
-                tracing::error!("the journal cannot be listed: {}", chain(&error));
-                return;
-            }
-        };
-        for guest in guests {
-            let slot = self.slot(&guest);
-            let mut slot = slot.lock().await;
-            match self.recover(&guest) {
-                Ok(handle) => *slot = handle,
-                Err(why) => {
-                    tracing::error!(%guest, "the journal's migration cannot be finished: {why}");
-                }
-            }
-        }
-    }
-
-    fn recover(&self, guest: &GuestName) -> Result<Option<MigrationHandle>, String> {
-        let record = self
-            .host
-            .store
-            .read_destination(guest)
-            .map_err(|error| chain(&error))?;
-        let Some(record) = record.filter(|record| self.needs_work(record)) else {
-            return Ok(None);
-        };
-        let config = match self.host.guests.find(guest) {
-            Ok(crate::config::Lookup::Found(config)) => *config,
-            Ok(crate::config::Lookup::Unknown { .. }) => {
-                return Err("its guest file is gone: put it back and restart the agent".to_owned());
-            }
-            Err(error) => return Err(chain(&error)),
-        };
-        let lock = self.host.store.lock(guest).map_err(|error| chain(&error))?;
-        tracing::info!(%guest, state = record.state.name(), "going on from the journal");
-        Ok(Some(self.resume(record, config, lock, false)))
-    }
-
-    /// Whether an agent that starts has something to do for this record.
-    fn needs_work(&self, record: &DestinationRecord) -> bool {
-        use vmferry_proto::handover::DestinationState as State;
-        let lives =
-            |process: &ProcessRecord| self.host.hypervisors.is_alive(&process.clone().into());
-        match &record.state {
-            State::Owned { started, .. } => !started,
-            State::Ended { .. } => record.process.as_ref().is_some_and(lives),
-            State::Receiving
-            | State::Opened { .. }
-            | State::Aborted { .. }
-            | State::Relinquished { .. } => true,
-        }
     }
 
     /// Ends every migration that can be ended, waits for all, and closes the endpoint.

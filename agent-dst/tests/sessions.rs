@@ -284,6 +284,29 @@ async fn a_stopped_agent_tells_its_sources_and_leaves_the_copy_to_the_next() {
     .await;
 }
 
+/// `[HAND-7]`: an agent that cannot take up at its start what its journal says does so as soon as it can.
+#[tokio::test]
+async fn what_cannot_be_taken_up_at_the_start_is_taken_up_later() {
+    let mut site = Site::new();
+    let client = Client::ready(&site, 1).await;
+    site.kill_agent();
+    drop(client);
+    let (file, away) = (site.path("guests").join("web.toml"), site.path("web.away"));
+    std::fs::rename(&file, &away).unwrap();
+    site.start();
+    let taken_up = "going on from the journal";
+    site.until("the complaint", |site| {
+        site.logs().contains("its guest file is gone")
+    })
+    .await;
+    assert!(!site.logs().contains(taken_up));
+    std::fs::rename(&away, &file).unwrap();
+    site.until("the next try", |site| site.logs().contains(taken_up))
+        .await;
+    assert_eq!(site.logs().matches("its guest file is gone").count(), 1);
+    site.still_serves_with(2).await;
+}
+
 #[tokio::test]
 async fn a_forgotten_copy_gives_way_to_the_next_migration_of_its_source() {
     let site = Site::new();
