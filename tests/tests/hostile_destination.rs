@@ -156,8 +156,17 @@ async fn take_lanes(
     geometry: Arc<[RegionLen]>,
     applied: Arc<Mutex<Vec<FrameSeq>>>,
 ) {
-    let mut tasks = Vec::new();
-    while let Ok(stream) = lanes::accept(&connection, "alpha").await {
+    let (mut tasks, mut device_states) = (Vec::new(), Vec::new());
+    while let Ok(stream) = lanes::accept_raw(&connection, "alpha").await {
+        // One that the source has given up already is no reason to give up the others.
+        let Ok(stream) = lanes::read_header(stream, "alpha").await else {
+            continue;
+        };
+        // A stream that is dropped is refused, and a source may hear of that before it hears the misdeed.
+        if stream.device_state_of().is_some() {
+            device_states.push(stream);
+            continue;
+        }
         let count = u8::try_from(applied.lock().unwrap().len()).unwrap();
         let Some(mut lane) = stream.into_lane(geometry.clone(), count) else {
             continue;
