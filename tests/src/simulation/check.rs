@@ -3,7 +3,8 @@
 //! Owns the rules; knows neither agents, machines nor drivers. It keeps its own model of what the guest is: the guest's writes,
 //! one after the other, whichever process made them. Rules:
 //! 1. at most one copy of the guest runs at any moment;
-//! 2. a copy that runs is, block for block and in its CPU, what the guest was when it last stood still;
+//! 2. a copy that runs is, block for block and in its CPU, what the guest was when it last stood still; where the destination is
+//!    lost for good and an operator said so, what the source's own copy was then (`[HAND-9]`);
 //! 3. so is a copy that took the device state of the guest's last pause: no dirty mark was lost, even if nothing came of it;
 //! 4. no copy runs without the durable record that lets it: OWNED at the destination, ROLLED_BACK or an operator's word after a
 //!    pause at the source;
@@ -77,6 +78,8 @@ struct Model {
     gone_for_good: bool,
     /// CPU of each pause, and what the guest was.
     pauses: BTreeMap<u64, Contents>,
+    /// What each process held when it last stood still.
+    stood: BTreeMap<VmId, Contents>,
     report: Option<GuestNow>,
 }
 
@@ -97,6 +100,7 @@ pub(super) fn check(facts: &[Fact], before: RunState) -> Result<(), Broken> {
         lost: false,
         gone_for_good: false,
         pauses: BTreeMap::new(),
+        stood: BTreeMap::new(),
         report: None,
     };
     facts
@@ -123,7 +127,11 @@ impl Model {
             } => return self.on_ran(*vm, contents, records, before),
             What::Stood { vm, contents } => {
                 self.running.remove(vm);
-                self.pauses.insert(contents.cpu, contents.clone());
+                self.on_stood(*vm, contents);
+            }
+            What::Submitted { vm, cpu } => {
+                self.is_the_guest(*vm)?;
+                self.guest.cpu = *cpu;
             }
             What::Wrote {
                 vm,
@@ -132,10 +140,7 @@ impl Model {
                 bytes,
                 cpu,
             } => {
-                if !self.homes.contains(vm) {
-                    let text = format!("vm {} wrote, and is not the guest", vm.0);
-                    return Err((Rule::OneRunner, text));
-                }
+                self.is_the_guest(*vm)?;
                 self.guest.image[*region][*block].clone_from(bytes);
                 self.guest.cpu = *cpu;
             }
@@ -166,10 +171,23 @@ impl Model {
             Birth::Original | Birth::Booted => {
                 self.guest = contents.clone();
                 self.homes = BTreeSet::from([vm]);
-                self.pauses.insert(contents.cpu, contents.clone());
+                self.on_stood(vm, contents);
             }
             Birth::Incoming => {}
         }
+    }
+
+    fn on_stood(&mut self, vm: VmId, contents: &Contents) {
+        self.pauses.insert(contents.cpu, contents.clone());
+        self.stood.insert(vm, contents.clone());
+    }
+
+    fn is_the_guest(&self, vm: VmId) -> Judged {
+        if self.homes.contains(&vm) {
+            return Ok(());
+        }
+        let text = format!("vm {} wrote, and is not the guest", vm.0);
+        Err((Rule::OneRunner, text))
     }
 
     fn on_ran(
@@ -186,12 +204,23 @@ impl Model {
         }
         self.may_run(vm, records, before)
             .map_err(|text| (Rule::Recorded, text))?;
+        if self.gone_for_good && is_fenced(records) {
+            self.go_back_to(vm);
+        }
         if let Some(text) = difference(contents, &self.guest) {
             return Err((Rule::SameContents, format!("vm {}: {text}", vm.0)));
         }
         self.ran.insert(vm);
         self.homes = BTreeSet::from([vm]);
         Ok(())
+    }
+
+    /// What the guest did at the lost destination is lost with it, and the guest lives.
+    fn go_back_to(&mut self, vm: VmId) {
+        if let Some(stood) = self.stood.get(&vm) {
+            self.guest = stood.clone();
+            self.lost = false;
+        }
     }
 
     fn may_run(&self, vm: VmId, records: &DurableRecords, before: RunState) -> Result<(), String> {
@@ -304,6 +333,12 @@ fn destination_record(records: &DurableRecords) -> Result<Option<DestinationReco
     )
     .read()
     .map_err(|error| format!("the destination's record: {error}"))
+}
+
+/// Whether the source goes on because the destination is lost and fenced.
+fn is_fenced(records: &DurableRecords) -> bool {
+    let record = source_record(records).ok().flatten();
+    record.is_some_and(|record| matches!(record.state, SourceState::Fenced { .. }))
 }
 
 /// Whether the guest is the destination's.

@@ -104,6 +104,13 @@ pub enum What {
         /// What it is.
         contents: Contents,
     },
+    /// A guest began a device transfer, which is no write before it lands.
+    Submitted {
+        /// Which.
+        vm: VmId,
+        /// CPU after it.
+        cpu: u64,
+    },
     /// A guest wrote.
     Wrote {
         /// Which.
@@ -176,6 +183,9 @@ impl fmt::Display for Fact {
         write!(f, "{:>9.3} ", self.at.as_secs_f64())?;
         match &self.what {
             What::Note(text) => f.write_str(text),
+            What::Submitted { vm, cpu } => {
+                write!(f, "vm {} began a transfer, cpu {cpu:016x}", vm.0)
+            }
             What::Wrote {
                 vm,
                 region,

@@ -385,7 +385,7 @@ impl State {
     }
 
     /// One step of a running guest. Returns the transfer that it began.
-    fn step(&mut self, id: VmId) -> Option<Transfer> {
+    pub(super) fn step(&mut self, id: VmId) -> Option<Transfer> {
         let forgets = self.plan.flaw == Some(Flaw::LosesMarks) && self.dice.chance(20);
         let vm = self.vm(id)?;
         vm.steps += 1;
@@ -413,6 +413,8 @@ impl State {
                 stamp,
             };
             vm.in_flight.push(transfer);
+            let cpu = vm.cpu;
+            self.tell(What::Submitted { vm: id, cpu });
             return Some(transfer);
         }
         self.put(id, region, block, stamp);

@@ -35,6 +35,9 @@ mod tracking;
 mod words;
 mod world;
 
+#[cfg(test)]
+mod tests;
+
 pub use check::{Broken, Rule};
 pub use plan::{Flaw, Plan};
 pub use run::{Ground, Outcome, run};

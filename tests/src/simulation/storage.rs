@@ -236,16 +236,19 @@ impl Storage for NodeDisk {
 
     fn lock(&self, path: &Path, _patience: Patience) -> io::Result<Locked> {
         let epoch = self.node.epoch;
-        let taken = self.step(|disk| {
-            let free = disk.locks.get(path) != Some(&epoch);
-            disk.locks.insert(path.to_owned(), epoch);
-            Ok(free)
-        })?;
-        if !taken {
-            return Ok(Locked::HeldBy(Some(std::process::id())));
-        }
-        let (disk, path) = (self.clone(), path.to_owned());
-        Ok(Locked::Taken(Box::new(NodeLock { disk, path })))
+        let mut taken = None;
+        let done = self.step(|disk| {
+            if disk.locks.insert(path.to_owned(), epoch) != Some(epoch) {
+                let (disk, path) = (self.clone(), path.to_owned());
+                taken = Some(NodeLock { disk, path });
+            }
+            Ok(())
+        });
+        // Where that failed after it was taken it is let go again, as a descriptor is.
+        done.map(|()| match taken {
+            Some(lock) => Locked::Taken(Box::new(lock)),
+            None => Locked::HeldBy(Some(std::process::id())),
+        })
     }
 
     fn remove_folder(&self, path: &Path) -> io::Result<()> {

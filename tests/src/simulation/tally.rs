@@ -39,6 +39,7 @@ pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
             What::Appeared { .. }
             | What::Ran { .. }
             | What::Stood { .. }
+            | What::Submitted { .. }
             | What::Wrote { .. }
             | What::Loaded { .. }
             | What::Ended { .. }
