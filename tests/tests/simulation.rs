@@ -50,6 +50,8 @@ fn every_rule_is_kept_in_a_few_thousand_runs() {
         "gone on with the destination's copy",
         "gone on with the disks that the destination flushed",
         "started by a later agent",
+        "source agent killed, its ledger lost",
+        "found equal at the destination, the ledger lost",
     ] {
         assert!(tally.seen.contains_key(met), "no run met: {met}");
     }

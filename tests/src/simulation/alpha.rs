@@ -140,6 +140,7 @@ fn after_report(run: &Run, report: &Report, again: bool) -> Option<Verb> {
     state.tell(What::Reported {
         outcome: report.outcome.name(),
         guest_now: report.guest_now,
+        kept: report.kept_bytes,
     });
     match report.guest_now {
         GuestNow::RunsAtDestination | GuestNow::PausedAtDestination | GuestNow::Ended => None,

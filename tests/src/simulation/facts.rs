@@ -157,6 +157,8 @@ pub enum What {
         outcome: &'static str,
         /// Where it says that the guest is.
         guest_now: GuestNow,
+        /// Bytes that were found equal at the destination.
+        kept: u64,
     },
     /// All is settled, as far as the run can see.
     Settled {

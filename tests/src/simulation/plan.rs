@@ -219,6 +219,7 @@ impl Plan {
                 0 => scans(self, dice),
                 1 => flushes(self, dice),
                 2 => self.with_source_ledger_lost(dice),
+                3 => self.with_source_left_in_doubt(dice),
                 _ => self.with_any_strikes(dice),
             },
         }
@@ -243,9 +244,29 @@ impl Plan {
     /// The source's agent is killed in a copy that lasts, and nothing is left of its ledger.
     fn with_source_ledger_lost(mut self, dice: &mut Dice) -> Self {
         self.wish.limits.cutover = Cutover::Manual;
-        let at = self.some_time(dice);
+        // A guest that is soon calm, a copy that is whole and still there: something is equal then.
+        self.pace_ms = 2;
+        self.keep = self.keep.max(Duration::from_secs(60));
+        let at = dice.millis(200, 4_000).min(self.quiet);
         let strike = Strike::KillAgentAndNotes(dice.millis(1, 2_000));
         self.acts.push((at, Act::Strike(HostId::Alpha, strike)));
+        self.acts.push((at + Duration::from_secs(5), Act::Cutover));
+        self
+    }
+
+    /// The link is cut for long at a step of the source's journal, often enough behind COMMITTING, and its program is told to leave
+    /// meanwhile.
+    fn with_source_left_in_doubt(mut self, dice: &mut Dice) -> Self {
+        self.wish.limits.cutover = Cutover::Manual;
+        self.quiet = self.quiet.max(Duration::from_secs(120));
+        self.traps.push(Trap {
+            host: HostId::Alpha,
+            class: Class::Journal,
+            nth: dice.between(10, 80),
+            late: true,
+            strike: Strike::CutLink(dice.millis(45_000, 90_000)),
+        });
+        self.acts.push((dice.millis(9_000, 20_000), Act::Leave));
         self
     }
 
@@ -314,7 +335,8 @@ impl Plan {
                 self.acts.push((at, act));
             }
         }
-        if self.wish.limits.cutover == Cutover::Manual {
+        let asked = |(_, act): &(Duration, Act)| matches!(act, Act::Cutover);
+        if self.wish.limits.cutover == Cutover::Manual && !self.acts.iter().any(asked) {
             let at = self.some_time(dice);
             self.acts.push((at, Act::Cutover));
         }

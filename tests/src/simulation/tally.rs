@@ -21,7 +21,14 @@ pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
     for fact in facts {
         match &fact.what {
             What::Note(text) => meet_note(text, &mut meet),
-            What::Reported { outcome, guest_now } => {
+            What::Reported {
+                outcome,
+                guest_now,
+                kept,
+            } => {
+                if *kept > 0 {
+                    meet("found equal at the destination, the ledger lost");
+                }
                 if *guest_now == GuestNow::InDoubt {
                     meet("left in doubt");
                 }
