@@ -4,18 +4,17 @@
 //! (what a line of full packets carries of payload): over the whole first pass, and the steady one, which leaves the start and the
 //! end away. The line's own counters say when.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use vmferry_tests::bench::cpu::{CpuMeter, Watched};
 use vmferry_tests::bench::{Moved, Pair, Series, Target};
-use vmferry_tests::harness::Running;
 use vmferry_tests::harness::role::{Programs, Role};
 use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::link::calibrate::{Flow, calibrate};
 use vmferry_tests::link::{Link, LinkSpec, MTU};
 
+use super::trace::Trace;
 use super::{Args, PROGRAMS};
 
 const RUNS: u32 = 1;
@@ -23,10 +22,7 @@ const RUNS: u32 = 1;
 const HEADERS: f64 = 66.0;
 /// Cubic on a lossy line would take hours.
 const RUN_LIMIT: Duration = Duration::from_secs(40);
-const LOOK: Duration = Duration::from_millis(1);
-/// The handshake is over when so much is on the line.
-const HANDSHAKE: u64 = 20_000;
-/// Shortest stretch over which a rate says something on a busy machine.
+/// Round trips below it are too short to be counted on a busy machine.
 const SHORTEST: Duration = Duration::from_millis(10);
 const MIB: u64 = 1 << 20;
 const GIB: f64 = 1_073_741_824.0;
@@ -147,7 +143,7 @@ fn one(case: &Case, controller: Option<&str>) -> Result<Option<Run>> {
         .alpha
         .start_migrate_to(guest.name(), &pair.agent.to(), &options)?;
     meter.watch(Watched::whole(source.pid()));
-    let Some(trace) = Trace::take(&link, &mut source)? else {
+    let Some(trace) = Trace::take(&link, RUN_LIMIT, || Ok(source.has_ended()?))? else {
         return Ok(None);
     };
     let cpu = meter.used();
@@ -167,57 +163,4 @@ fn judge(link: &Link, moved: &Moved, trace: &Trace, cpu: Duration) -> Result<Run
         start: trace.start(steady, link.spec.rtt)?.as_secs_f64() / link.spec.rtt.as_secs_f64(),
         cpu_per_gib: cpu.as_secs_f64() / (content / GIB),
     })
-}
-
-/// Bytes that were on the line, looked at again and again.
-struct Trace {
-    points: Vec<(Duration, u64)>,
-}
-
-impl Trace {
-    /// Looks until the source ends; `None` if that takes too long.
-    fn take(link: &Link, source: &mut Running) -> Result<Option<Self>> {
-        let (began, before) = (Instant::now(), link.forth().bytes);
-        let mut points = Vec::new();
-        while !source.has_ended()? {
-            if began.elapsed() > RUN_LIMIT {
-                return Ok(None);
-            }
-            points.push((began.elapsed(), link.forth().bytes - before));
-            thread::sleep(LOOK);
-        }
-        Ok(Some(Self { points }))
-    }
-
-    fn total(&self) -> u64 {
-        self.points.last().map_or(0, |(_, bytes)| *bytes)
-    }
-
-    /// When `bytes` were on the line.
-    fn when(&self, bytes: u64) -> Result<Duration> {
-        let reached = self.points.iter().find(|(_, so_far)| *so_far >= bytes);
-        Ok(reached.context("the line carried less")?.0)
-    }
-
-    /// Bytes per second between 30 and 90 % of all bytes.
-    fn steady(&self) -> Result<f64> {
-        let (from, to) = (self.total() * 3 / 10, self.total() * 9 / 10);
-        let took = self.when(to)?.saturating_sub(self.when(from)?);
-        Ok((to - from) as f64 / took.as_secs_f64())
-    }
-
-    /// From the end of the handshake until a round trip carries 90 % of the steady rate.
-    fn start(&self, steady: f64, rtt: Duration) -> Result<Duration> {
-        let (begin, stretch) = (self.when(HANDSHAKE)?, rtt.max(SHORTEST));
-        let least = steady * 0.9 * stretch.as_secs_f64();
-        let mut later = self.points.iter().peekable();
-        for (at, bytes) in &self.points {
-            while later.next_if(|(then, _)| *then < *at + stretch).is_some() {}
-            let Some((_, then)) = later.peek() else { break };
-            if *at >= begin && (then - bytes) as f64 >= least {
-                return Ok(*at - begin);
-            }
-        }
-        anyhow::bail!("the rate was never steady")
-    }
 }

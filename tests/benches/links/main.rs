@@ -12,7 +12,10 @@
 
 mod compare;
 mod goodput;
+mod limit;
+mod share;
 mod sim;
+mod trace;
 
 use std::fmt;
 use std::process::ExitCode;
@@ -62,6 +65,10 @@ enum Table {
     Resend,
     /// How much the copy slows the guest down.
     Slowdown,
+    /// What it takes of a line beside one TCP flow.
+    Share,
+    /// Whether the wire carries what `--max-bandwidth` says.
+    Limit,
 }
 
 impl fmt::Display for Table {
@@ -72,6 +79,8 @@ impl fmt::Display for Table {
             Self::Stop => "downtime limit of 50 ms, writer at half the link rate",
             Self::Resend => "blocks sent to distinct blocks, working set of 10 %",
             Self::Slowdown => "slow-down of a writer at 0.3 of the link rate",
+            Self::Share => "share of the line beside one flow of the kernel's Cubic",
+            Self::Limit => "--max-bandwidth over any second",
         })
     }
 }
@@ -91,6 +100,8 @@ fn main() -> ExitCode {
                 Table::Stop => sim::stop(&args)?,
                 Table::Resend => sim::resend(&args)?,
                 Table::Slowdown => sim::slowdown(&args)?,
+                Table::Share => share::run(&args)?,
+                Table::Limit => limit::run(&args)?,
             }
         }
         Ok(())

@@ -86,7 +86,7 @@ impl fmt::Display for Calibration {
     }
 }
 
-/// Bits per second of one TCP flow from alpha to beta, with the headers of its packets.
+/// Bits per second of one TCP flow with Cubic from alpha to beta, with the headers of its packets.
 ///
 /// # Errors
 /// Sockets.
@@ -98,6 +98,8 @@ pub fn tcp_rate(link: &Link, flow: Flow) -> Result<f64> {
         let receiver = scope.spawn(move || receive(&listener, flow));
         let mut stream = link.alpha.namespace.run(|| Ok(TcpStream::connect(to)?))?;
         stream.set_write_timeout(Some(SILENCE))?;
+        // Whatever this system prefers.
+        rustix::net::sockopt::set_tcp_congestion(&stream, "cubic")?;
         let (began, chunk) = (Instant::now(), vec![0x5a; CHUNK]);
         while began.elapsed() < flow.warm_up + flow.counted {
             // The receiver ends the flow when it has seen enough.
