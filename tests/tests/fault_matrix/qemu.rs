@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use vmferry_tests::harness::hosts::Agent;
 use vmferry_tests::harness::process::{self, Finished, Running, descriptors};
-use vmferry_tests::harness::qemu::{Hold, Pair, wait_gone};
+use vmferry_tests::harness::qemu::{Hold, Pair, Side, wait_gone};
 use vmferry_tests::harness::role::{Programs, Role};
 use vmferry_tests::harness::stage::soon;
 use vmferry_tests::harness::{Proxy, doubt};
-use vmferry_tests::lab::{Content, Disk, JudgeParams, Lab, Qemu};
+use vmferry_tests::lab::{Content, Disk, JudgeParams, Lab, Qemu, Start};
 
 use super::PROGRAMS;
 use super::fault::{PHASES, Place, Victim};
@@ -34,7 +34,7 @@ const ALWAYS: [(Victim, &[&str]); 6] = [
         Victim::BothAgents,
         &["negotiate", "copy", "pause", "commit"],
     ),
-    (Victim::SourceGuest, &["prepare", "pause", "commit"]),
+    (Victim::SourceGuest, &["pause", "commit"]),
     (
         Victim::DestinationGuest,
         &["converged", "load", "commit", "start"],
@@ -256,13 +256,24 @@ impl Scene {
                 self.pair.nothing_at(&self.pair.beta).unwrap();
                 assert_eq!(done.json().unwrap()["guest_now"], "ended");
                 self.owned_by(true);
+                let pair = &self.pair;
+                self.boots_and_moves((&pair.alpha, &pair.beta), &self.agent);
             }
             // It lived there, and nobody runs it elsewhere.
             Place::DiedAtBeta => {
                 wait_gone(self.source.pid()).unwrap();
                 self.owned_by(false);
+                let back = self.pair.alpha.host.serve(&[]).unwrap();
+                self.boots_and_moves((&self.pair.beta, &self.pair.alpha), &back);
             }
         }
+    }
+
+    /// What died is booted where it lived, and moves from there.
+    fn boots_and_moves(&self, way: (&Side, &Side), agent: &Agent) {
+        let _booted = way.0.start(Start::Boot).unwrap();
+        self.pair.guest.wait_ready_again(2).unwrap();
+        self.pair.move_guest(way, agent, &OPTIONS).unwrap();
     }
 
     fn stayed(&self) {
