@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use vmferry_common::phase::Phase;
 use vmferry_hypervisor::Settlement;
 use vmferry_proto::geometry::BLOCK_SIZE;
@@ -21,6 +21,11 @@ use crate::error::MigrateError;
 use crate::lanes::LaneJob;
 use crate::policy::{self, Decision, Left, RoundStats, Situation};
 use crate::session::Session;
+
+/// Between two looks at what is written while a round runs, at least: each look makes the guest fault once more on its hot pages.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// And at least this part of the round until then, so that a long round of a large guest has tens of them and not thousands.
+const LOOKS: u32 = 8;
 
 impl Migration {
     /// Copies rounds until the guest is to be paused.
@@ -119,7 +124,7 @@ impl Migration {
     async fn round(&mut self, idle: Duration) -> Result<(), MigrateError> {
         let began = Instant::now() - idle;
         let before = self.sent();
-        self.send_all(Self::on_input).await?;
+        self.send_round().await?;
         self.await_applied().await?;
         let dirtied_bytes = self.scan(Barrier::Wait).await?;
         self.stats.on_round(RoundStats {
@@ -151,31 +156,66 @@ impl Migration {
         Ok(())
     }
 
-    /// Takes the dirty marks of every region into the ledger, then lets device I/O in flight land. Returns the bytes found dirty.
+    /// Sends everything that is dirty and not written again before its turn comes.
+    async fn send_round(&mut self) -> Result<(), MigrateError> {
+        let began = Instant::now();
+        let mut on_input = Self::on_input;
+        loop {
+            let look = Instant::now() + LOOK_EVERY.max(began.elapsed() / LOOKS);
+            if self.send_until(Some(look), &mut on_input).await? {
+                return Ok(());
+            }
+            self.look().await?;
+        }
+    }
+
+    /// Holds back what was written since the last look or scan: it would have to be sent again. No barrier is needed, since none of it is
+    /// read before the next scan has waited for one. Memory only: of disks each look would be a transaction.
+    async fn look(&mut self) -> Result<(), MigrateError> {
+        if self.ledger.is_exhausted() {
+            return Ok(());
+        }
+        for region in self.regions(Some(RegionKind::Memory)) {
+            self.take(region).await?;
+        }
+        Ok(())
+    }
+
+    fn regions(&self, kind: Option<RegionKind>) -> Vec<RegionId> {
+        let all = self.guest.spec().regions.iter();
+        all.filter(|region| kind.is_none_or(|kind| kind == region.kind))
+            .map(|region| region.id)
+            .collect()
+    }
+
+    /// Takes the dirty marks of every region into the ledger, then lets device I/O in flight land. Returns the bytes found dirty,
+    /// by this scan and the looks since the last one.
     pub(super) async fn scan(&mut self, barrier: Barrier) -> Result<u64, MigrateError> {
-        let regions: Vec<RegionId> = self.guest.spec().regions.iter().map(|r| r.id).collect();
-        let mut dirty_blocks = 0;
-        for region in regions {
-            // What was taken before is applied, or is dirty in the ledger: the driver need not keep it.
-            self.guest.settle(region, Settlement::Acknowledged).await?;
-            let taken = self.guest.take_dirty(region).await?;
-            self.stats.on_hold(taken.longest_hold);
-            dirty_blocks += taken.dirty.count();
-            self.ledger
-                .mark_dirty(region, &taken.dirty)
-                .map_err(|error| internal(&error))?;
-            self.ledger
-                .mark_zero(region, &taken.zero)
-                .map_err(|error| internal(&error))?;
+        for region in self.regions(None) {
+            self.take(region).await?;
         }
         if matches!(barrier, Barrier::Wait) {
             let held = self.guest.io_barrier().await?;
             self.stats.on_barrier(held);
         }
-        Ok(dirty_blocks * u64::from(BLOCK_SIZE))
+        Ok(self.ledger.release() * u64::from(BLOCK_SIZE))
     }
 
-    /// Gives the lanes everything that is dirty and waits until they have read and sent it. What happens
+    /// Takes and re-arms the dirty marks of a region. They are held back in the ledger until a barrier has passed.
+    async fn take(&mut self, region: RegionId) -> Result<(), MigrateError> {
+        // What was taken before is applied, or is dirty or in flight in the ledger: the driver need not keep it.
+        self.guest.settle(region, Settlement::Acknowledged).await?;
+        let taken = self.guest.take_dirty(region).await?;
+        self.stats.on_hold(taken.longest_hold);
+        self.ledger
+            .hold(region, &taken.dirty)
+            .map_err(|error| internal(&error))?;
+        self.ledger
+            .mark_zero(region, &taken.zero)
+            .map_err(|error| internal(&error))
+    }
+
+    /// Gives the lanes everything that is dirty and not held back, and waits until they have read and sent it. What happens
     /// meanwhile goes to `on_input`.
     pub(super) async fn send_all<E>(
         &mut self,
@@ -184,10 +224,22 @@ impl Migration {
     where
         E: From<NoSession>,
     {
+        self.send_until(None, &mut on_input).await.map(|_all| ())
+    }
+
+    /// The same, until a moment. Returns whether all is sent.
+    async fn send_until<E>(
+        &mut self,
+        until: Option<Instant>,
+        on_input: &mut impl FnMut(&mut Self, Input) -> Result<(), E>,
+    ) -> Result<bool, E>
+    where
+        E: From<NoSession>,
+    {
         loop {
             let busy = self.fill_lanes()?;
             if !busy {
-                return Ok(());
+                return Ok(true);
             }
             let moved = self
                 .session
@@ -199,6 +251,7 @@ impl Migration {
                 // Lanes move all the time; what comes in does not, and is not to wait for them to rest.
                 biased;
                 input = self.input() => input,
+                () = passed(until) => return Ok(false),
                 () = moved.notified() => continue,
             };
             on_input(self, input)?;
@@ -237,7 +290,7 @@ impl Migration {
                 }
             }
         }
-        Ok(lanes.are_busy() || !ledger.is_clean())
+        Ok(lanes.are_busy() || !ledger.is_exhausted())
     }
 
     pub(super) fn on_progress(&mut self, lanes: &[LaneProgress]) -> Result<(), MigrateError> {
@@ -284,6 +337,14 @@ pub(super) struct NoSession;
 impl From<NoSession> for MigrateError {
     fn from(NoSession: NoSession) -> Self {
         Self::SessionLost(crate::error::LinkError::Closed)
+    }
+}
+
+/// Waits until `moment`, or for ever where there is none.
+async fn passed(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

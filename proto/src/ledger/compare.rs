@@ -12,14 +12,16 @@ use crate::geometry::WindowRef;
 use super::{Ledger, Session};
 
 impl Ledger {
-    /// Begins to compare a window. Returns whether that can come to anything: a session is open, the window has dirty blocks, and
-    /// nothing of it is in flight or waits for a flush.
+    /// Begins to compare a window. Returns whether that can come to anything: a session is open, the window has dirty blocks, of
+    /// which none is held back, and nothing of it is in flight or waits for a flush.
     pub fn begin_compare(&mut self, at: WindowRef) -> bool {
         let Session::Open(_) = self.session else {
             return false;
         };
         let marks = self.regions.get(usize::from(at.region.0));
-        let dirty = marks.is_some_and(|marks| !marks.dirty_in(at.window).is_empty());
+        let dirty = marks.is_some_and(|marks| {
+            !marks.dirty_in(at.window).is_empty() && marks.held_in(at.window).is_empty()
+        });
         let lane = lane_of(at.window, self.lane_count());
         let lane = self.lanes.get(usize::from(lane.0));
         let due = dirty && lane.is_some_and(|lane| !lane.carries(at));
@@ -41,7 +43,7 @@ impl Ledger {
         };
         let blocks = marks.have(at.window);
         if let Some(lane) = self.lanes.get_mut(usize::from(lane_of(at.window, lanes).0)) {
-            lane.work.remove(at, lanes);
+            lane.work.set(at, lanes, false);
         }
         if let Some(log) = &mut self.log {
             log.equal(at, &blocks);

@@ -1,7 +1,7 @@
 //! One lane of the session: its frames that are not settled yet, and the windows it still has to send.
 //!
 //! Invariants: frames stand in order of their sequence numbers; a window's bit in [`Work`] is set exactly while the
-//! window has dirty blocks. Window `w` is bit `w / lanes` of its lane's set, so a lane with little to do finds it
+//! window has dirty blocks that are not held back. Window `w` is bit `w / lanes` of its lane's set, so a lane with little to do finds it
 //! by whole words, also on a disk of 64 TiB.
 
 use std::collections::VecDeque;
@@ -193,7 +193,7 @@ impl LaneState {
     }
 }
 
-/// The windows of one lane that have dirty blocks, and where the lane stands in going round them.
+/// The windows of one lane of which there are blocks to take, and where the lane stands in going round them.
 #[derive(Debug)]
 pub(super) struct Work {
     regions: Vec<RegionWork>,
@@ -226,15 +226,12 @@ impl Work {
         }
     }
 
-    pub(super) fn insert(&mut self, at: WindowRef, lanes: u8) {
-        if let Some((word, bit)) = self.word(at, lanes) {
-            *word |= bit;
-        }
-    }
-
-    pub(super) fn remove(&mut self, at: WindowRef, lanes: u8) {
-        if let Some((word, bit)) = self.word(at, lanes) {
-            *word &= !bit;
+    /// Whether there is something to take of a window of this lane.
+    pub(super) fn set(&mut self, at: WindowRef, lanes: u8, ready: bool) {
+        match self.word(at, lanes) {
+            Some((word, bit)) if ready => *word |= bit,
+            Some((word, bit)) => *word &= !bit,
+            None => {}
         }
     }
 

@@ -54,8 +54,8 @@ impl Ledger {
             return Err(LedgerError::Image("frames were sent before it was begun"));
         }
         for (marks, region) in self.regions.iter().zip((0u16..).map(RegionId)) {
-            for window in marks.dirty_windows() {
-                log.dirty(WindowRef { region, window }, &marks.dirty_in(window));
+            for (window, dirty) in marks.dirty_windows() {
+                log.dirty(WindowRef { region, window }, &dirty);
             }
         }
         if let Session::Open(session) | Session::Lost(session) = self.session {

@@ -1,6 +1,6 @@
-//! Marks of one region: which blocks are dirty, which of those are known to be zero, which were ever sent.
+//! Marks of one region: which blocks are dirty, which of those are known to be zero or are held back, which were ever sent.
 //!
-//! Invariants: zero blocks are dirty ones; the counts are those of the sets.
+//! Invariants: zero blocks and held ones are dirty ones; the counts are those of the sets.
 
 use super::{Amount, Dirty};
 use crate::geometry::{BLOCK_SIZE, RegionBits, RegionLen, WindowBits, WindowIndex};
@@ -11,9 +11,12 @@ pub(super) struct RegionMarks {
     kind: RegionKind,
     dirty: RegionBits,
     zero: RegionBits,
+    /// Not to be taken before they are released.
+    held: RegionBits,
     sent: RegionBits,
     dirty_blocks: u64,
     zero_blocks: u64,
+    held_blocks: u64,
 }
 
 /// What taking blocks found.
@@ -28,9 +31,11 @@ impl RegionMarks {
             kind,
             dirty: RegionBits::full(len),
             zero: RegionBits::empty(len),
+            held: RegionBits::empty(len),
             sent: RegionBits::empty(len),
             dirty_blocks: len.blocks(),
             zero_blocks: 0,
+            held_blocks: 0,
         }
     }
 
@@ -40,9 +45,11 @@ impl RegionMarks {
             kind,
             dirty_blocks: dirty.count(),
             zero: RegionBits::empty(dirty.region_len()),
+            held: RegionBits::empty(dirty.region_len()),
             dirty,
             sent,
             zero_blocks: 0,
+            held_blocks: 0,
         }
     }
 
@@ -56,6 +63,28 @@ impl RegionMarks {
 
     pub(super) const fn is_clean(&self) -> bool {
         self.dirty_blocks == 0
+    }
+
+    pub(super) const fn held_blocks(&self) -> u64 {
+        self.held_blocks
+    }
+
+    /// Whether no block can be taken.
+    pub(super) const fn is_exhausted(&self) -> bool {
+        self.dirty_blocks == self.held_blocks
+    }
+
+    pub(super) fn held_in(&self, window: WindowIndex) -> WindowBits {
+        self.held.get(window)
+    }
+
+    /// The dirty blocks that can be taken.
+    pub(super) fn ready_in(&self, window: WindowIndex) -> WindowBits {
+        self.dirty.get(window).minus(&self.held.get(window))
+    }
+
+    pub(super) fn dirty_windows(&self) -> impl Iterator<Item = (WindowIndex, WindowBits)> + '_ {
+        self.dirty.iter()
     }
 
     pub(super) fn dirty_in(&self, window: WindowIndex) -> WindowBits {
@@ -72,18 +101,38 @@ impl RegionMarks {
         self.sent.get(window)
     }
 
-    pub(super) fn dirty_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {
-        self.dirty.iter().map(|(window, _)| window)
+    /// Windows of which blocks can be taken.
+    pub(super) fn ready_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {
+        let ready = |(window, dirty): (WindowIndex, WindowBits)| {
+            (!dirty.minus(&self.held.get(window)).is_empty()).then_some(window)
+        };
+        self.dirty.iter().filter_map(ready)
     }
 
-    /// Whether the window has dirty blocks afterwards.
-    pub(super) fn mark_dirty(&mut self, window: WindowIndex, bits: &WindowBits) -> bool {
+    pub(super) fn mark_dirty(&mut self, window: WindowIndex, bits: &WindowBits) {
         let bits = bits.and(&self.len().all_of(window));
-        let before = self.dirty.get(window);
+        let new = bits.minus(&self.dirty.get(window));
         self.forget_zero(window, &bits);
         self.dirty.insert(window, &bits);
-        self.dirty_blocks += u64::from(bits.minus(&before).count());
-        !(before.is_empty() && bits.is_empty())
+        self.dirty_blocks += u64::from(new.count());
+    }
+
+    /// Holds back the dirty ones among `bits`.
+    pub(super) fn hold(&mut self, window: WindowIndex, bits: &WindowBits) {
+        let new = bits.and(&self.ready_in(window));
+        self.held.insert(window, &new);
+        self.held_blocks += u64::from(new.count());
+    }
+
+    /// Holds nothing back any more. Returns the windows of which something was held.
+    pub(super) fn release(&mut self) -> Vec<WindowIndex> {
+        if self.held_blocks == 0 {
+            return Vec::new();
+        }
+        let windows = self.held.iter().map(|(window, _)| window).collect();
+        self.held.clear();
+        self.held_blocks = 0;
+        windows
     }
 
     pub(super) fn mark_all_dirty(&mut self) {

@@ -5,7 +5,8 @@
 //! clean for the round but is remembered until it is flushed (`[WIRE-32]`). Owns these sets, the sequence
 //! numbers of the lanes, and what a lost session means for them. It reads no guest and sends nothing; one engine
 //! owns it. Invariant: a block that is neither dirty nor in flight is at the destination as it was when it was
-//! last taken. Memory is O(bitmap) + O(frames not yet settled); no step costs more than its windows.
+//! last taken. A dirty block may be held back: it counts as dirty, and is not taken before it is released. Memory is O(bitmap) +
+//! O(frames not yet settled); no step costs more than its windows.
 //!
 //! A block also becomes clean where both sides are found to have the same (`compare`).
 //!
@@ -111,14 +112,42 @@ impl Ledger {
             .regions
             .get_mut(usize::from(at.region.0))
             .ok_or(LedgerError::UnknownRegion(at.region))?;
-        if marks.mark_dirty(at.window, bits) {
-            self.note_work(at);
-        }
+        marks.mark_dirty(at.window, bits);
+        self.note_work(at);
         self.comparing.remove(&at);
         if let Some(log) = &mut self.log {
             log.dirty(at, bits);
         }
         Ok(())
+    }
+
+    /// Makes `bits` of a region dirty and holds them back until [`release`](Self::release): what is written while a round runs
+    /// goes with the next one, also where this one had not come to it yet, since it may be written once more.
+    ///
+    /// # Errors
+    /// As [`mark_dirty`](Self::mark_dirty).
+    pub fn hold(&mut self, region: RegionId, bits: &RegionBits) -> Result<(), LedgerError> {
+        self.mark_dirty(region, bits)?;
+        for (window, bits) in bits.iter() {
+            if let Some(marks) = self.regions.get_mut(usize::from(region.0)) {
+                marks.hold(window, &bits);
+            }
+            self.note_work(WindowRef { region, window });
+        }
+        Ok(())
+    }
+
+    /// Holds nothing back any more. Returns how many blocks were.
+    pub fn release(&mut self) -> u64 {
+        let released = self.regions.iter().map(RegionMarks::held_blocks).sum();
+        for index in 0..self.regions.len() {
+            let windows = self.regions.get_mut(index).map(RegionMarks::release);
+            let region = RegionId(u16::try_from(index).unwrap_or(u16::MAX));
+            for window in windows.unwrap_or_default() {
+                self.note_work(WindowRef { region, window });
+            }
+        }
+        released
     }
 
     /// Remembers that the dirty ones among `bits` are known to be zero, until they are marked dirty again.
@@ -189,10 +218,13 @@ impl Ledger {
         Ok(marks)
     }
 
+    /// Notes at its lane whether there is something to take of a window.
     fn note_work(&mut self, at: WindowRef) {
         let lanes = self.lane_count();
+        let marks = self.regions.get(usize::from(at.region.0));
+        let ready = marks.is_some_and(|marks| !marks.ready_in(at.window).is_empty());
         if let Some(lane) = self.lanes.get_mut(usize::from(lane_of(at.window, lanes).0)) {
-            lane.work.insert(at, lanes);
+            lane.work.set(at, lanes, ready);
         }
     }
 
@@ -203,7 +235,7 @@ impl Ledger {
     // Frames.
 
     /// Takes the next frame of `lane`, of regions of `kind` if one is given: up to [`limits::MAX_FRAME_BLOCKS`] dirty
-    /// blocks of one window. `None` if the lane has nothing to send or no session is open.
+    /// blocks of one window that are not held back. `None` if the lane has nothing to send or no session is open.
     ///
     /// A lane goes round its windows in ascending order, so each gets its turn however fast another one is dirtied.
     pub fn next_frame(&mut self, lane: Lane, kind: Option<RegionKind>) -> Option<FrameJob> {
@@ -219,7 +251,7 @@ impl Ledger {
         };
         let dirty = |at: WindowRef| {
             let marks = regions.get(usize::from(at.region.0));
-            marks.map_or(WindowBits::EMPTY, |marks| marks.dirty_in(at.window))
+            marks.map_or(WindowBits::EMPTY, |marks| marks.ready_in(at.window))
         };
         let (at, blocks) = state.work.next(lane, lanes, wanted, dirty)?;
         self.take(lane, at, &blocks)
@@ -231,9 +263,8 @@ impl Ledger {
         let marks = self.regions.get_mut(usize::from(at.region.0))?;
         let state = self.lanes.get_mut(usize::from(lane.0))?;
         let taken = marks.take(at.window, blocks);
-        if marks.dirty_in(at.window).is_empty() {
-            state.work.remove(at, lanes);
-        }
+        let ready = !marks.ready_in(at.window).is_empty();
+        state.work.set(at, lanes, ready);
         let bytes = marks.len().bytes_of(at.window, blocks);
         let kind = marks.kind();
         let seq = state.send(at, *blocks, bytes, kind);
@@ -428,10 +459,10 @@ impl Ledger {
     fn note_all_work(&mut self) {
         let lanes = self.lane_count();
         for (marks, region) in self.regions.iter().zip((0u16..).map(RegionId)) {
-            for window in marks.dirty_windows() {
+            for window in marks.ready_windows() {
                 let lane = usize::from(lane_of(window, lanes).0);
                 if let Some(lane) = self.lanes.get_mut(lane) {
-                    lane.work.insert(WindowRef { region, window }, lanes);
+                    lane.work.set(WindowRef { region, window }, lanes, true);
                 }
             }
         }
@@ -462,6 +493,12 @@ impl Ledger {
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.regions.iter().all(RegionMarks::is_clean)
+    }
+
+    /// Whether no block can be taken: none is dirty, or all that are are held back.
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        self.regions.iter().all(RegionMarks::is_exhausted)
     }
 
     /// Whether no block is dirty and every frame is applied.

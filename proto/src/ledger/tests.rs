@@ -121,6 +121,25 @@ fn kinds_can_be_asked_for_alone() {
     assert!(ledger.next_frame(Lane(1), None).is_none(), "no such lane");
 }
 
+/// What is written while a round runs waits for the next, whether this one had come to it or not.
+#[test]
+fn held_blocks_count_as_dirty_and_are_taken_when_they_are_released() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    let len = 3 * 4096;
+    ledger.hold(RegionId(0), &bits(len, &[1])).unwrap();
+    let job = ledger.next_frame(Lane(0), None).unwrap();
+    assert_eq!(job.blocks.iter().collect::<Vec<_>>(), [0, 2]);
+    ledger.hold(RegionId(0), &bits(len, &[0])).unwrap();
+    send_all(&mut ledger);
+    assert!(ledger.is_exhausted() && !ledger.is_clean());
+    assert_eq!(ledger.dirty(None).all.blocks, 2);
+    assert_eq!(ledger.release(), 2);
+    let job = ledger.next_frame(Lane(0), None).unwrap();
+    assert_eq!(job.blocks, WindowBits::first(2));
+    assert!(ledger.is_clean());
+}
+
 /// A window that is dirtied all the time does not keep the lane from the others.
 #[test]
 fn a_hot_window_does_not_starve_the_others() {
@@ -383,6 +402,7 @@ mod against_an_oracle {
             at: u64,
             len: u64,
             zero: bool,
+            hold: bool,
         },
         /// A write that is marked in the kernel and waits for the next scan.
         WriteUnseen {
@@ -399,6 +419,7 @@ mod against_an_oracle {
         },
         /// The destination's digests are there.
         Compare,
+        Release,
         Send {
             lane: u8,
             kind: u8,
@@ -442,8 +463,9 @@ mod against_an_oracle {
     fn step() -> impl Strategy<Value = Step> {
         let lanes = 1u8..5;
         prop_oneof![
-            4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
-                .prop_map(|(region, at, len, zero)| Step::Write { region, at, len, zero }),
+            4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>(), any::<bool>())
+                .prop_map(|(region, at, len, zero, hold)| Step::Write { region, at, len, zero, hold }),
+            1 => Just(Step::Release),
             4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
                 .prop_map(|(region, at, len, zero)| Step::WriteUnseen { region, at, len, zero }),
             2 => Just(Step::Scan),
@@ -494,6 +516,8 @@ mod against_an_oracle {
         unseen: BTreeSet<Block>,
         /// Windows that are compared, with what the source had in them.
         compared: Vec<(WindowRef, Vec<(Block, u64)>)>,
+        /// Held back; all of them are dirty.
+        held: BTreeSet<Block>,
         /// Dirty, as plainly as can be.
         dirty: BTreeSet<Block>,
         ever_sent: BTreeSet<Block>,
@@ -565,6 +589,7 @@ mod against_an_oracle {
                 zero_known: BTreeSet::new(),
                 unseen: BTreeSet::new(),
                 compared: Vec::new(),
+                held: BTreeSet::new(),
                 dirty: all,
                 ever_sent: BTreeSet::new(),
                 sent_before: 0,
@@ -613,7 +638,12 @@ mod against_an_oracle {
                     at,
                     len,
                     zero,
-                } => self.write(region, at, len, zero),
+                    hold,
+                } => self.write(region, at, len, zero, hold),
+                Step::Release => {
+                    assert_eq!(self.ledger.release(), self.held.len() as u64);
+                    self.held.clear();
+                }
                 Step::WriteUnseen {
                     region,
                     at,
@@ -708,6 +738,7 @@ mod against_an_oracle {
             self.sent_before = self.ever_sent.len() as u64;
             self.sent_blocks = 0;
             self.zero_known.clear();
+            self.held.clear();
             self.connect(lanes, self.resume(forget));
             self.learn_dirty();
             if let During::Frame = during {
@@ -730,16 +761,24 @@ mod against_an_oracle {
                 .collect()
         }
 
-        fn write(&mut self, region: u16, at: u64, len: u64, zero: bool) {
+        fn write(&mut self, region: u16, at: u64, len: u64, zero: bool, hold: bool) {
             let marks = marks(region, at, len);
             for block in self.change(region, &marks, zero) {
                 self.dirty.insert(block);
+                if hold {
+                    self.held.insert(block);
+                }
                 self.zero_known.remove(&block);
                 if zero {
                     self.zero_known.insert(block);
                 }
             }
-            self.ledger.mark_dirty(RegionId(region), &marks).unwrap();
+            let region_id = RegionId(region);
+            if hold {
+                self.ledger.hold(region_id, &marks).unwrap();
+            } else {
+                self.ledger.mark_dirty(region_id, &marks).unwrap();
+            }
             if zero {
                 self.ledger.mark_zero(RegionId(region), &marks).unwrap();
             }
@@ -805,7 +844,7 @@ mod against_an_oracle {
             let kind = [None, Some(RegionKind::Memory), Some(RegionKind::Disk)][usize::from(kind)];
             let lanes = u64::try_from(self.lanes.len()).unwrap();
             let Some(job) = self.ledger.next_frame(Lane(lane), kind) else {
-                let left = self.dirty.iter().any(|block| {
+                let left = self.dirty.difference(&self.held).any(|block| {
                     block.1 / 512 % lanes == u64::from(lane)
                         && kind.is_none_or(|kind| kind == LENS[usize::from(block.0)].0)
                 });
@@ -819,6 +858,7 @@ mod against_an_oracle {
             assert_eq!(job.seq.0, count.applied + queue.len() as u64 + 1);
             for block in &blocks {
                 assert!(self.dirty.remove(block), "{block:?} was not dirty");
+                assert!(!self.held.contains(block), "{block:?} was held");
                 assert_eq!(zero.contains(block), self.zero_known.remove(block));
                 self.ever_sent.insert(*block);
                 self.sent_blocks += 1;
@@ -899,6 +939,7 @@ mod against_an_oracle {
             let new = self.ever_sent.len() as u64 - self.sent_before;
             assert_eq!(counters.distinct_blocks, new);
             assert_eq!(self.ledger.is_clean(), self.dirty.is_empty());
+            assert_eq!(self.ledger.is_exhausted(), self.dirty == self.held);
             assert_eq!(
                 self.ledger.dirty(None).known_zero_blocks,
                 self.zero_known.len() as u64
@@ -921,6 +962,7 @@ mod against_an_oracle {
 
         fn finish(mut self) {
             self.scan();
+            self.apply(&Step::Release);
             for lane in 0..u8::try_from(self.lanes.len()).unwrap() {
                 while self.ledger.next_frame_exists(lane) {
                     self.send(lane, 0);
@@ -946,7 +988,7 @@ mod against_an_oracle {
             let lanes = self.lane_count();
             self.regions.iter().any(|marks| {
                 marks
-                    .dirty_windows()
+                    .ready_windows()
                     .any(|window| lane_of(window, lanes) == Lane(lane))
             })
         }
@@ -1007,7 +1049,7 @@ mod against_an_oracle {
     #[test]
     fn a_window_that_both_sides_have_is_clean_and_not_sent() {
         let mut world = without_its_ledger();
-        world.write(0, 3 << 20, 4096, false);
+        world.write(0, 3 << 20, 4096, false, false);
         for window in 0..6 {
             assert!(world.ledger.begin_compare(at(0, window)));
             world.begin_compare(at(0, window));
@@ -1024,7 +1066,7 @@ mod against_an_oracle {
     #[test]
     fn a_window_that_is_touched_while_it_is_compared_stays_dirty() {
         let touches: [fn(&mut World); 5] = [
-            |world| world.write(0, 0, 1, false),
+            |world| world.write(0, 0, 1, false, false),
             |world| world.send(0, 1),
             |world| {
                 world.ledger.on_session_lost();
