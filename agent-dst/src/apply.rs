@@ -1,6 +1,6 @@
 //! One task per lane: frames from the wire into the guest, strictly one after the other.
 //!
-//! Owns reading, checking, decoding and writing of frames. Does not own positions (`board`) nor coverage. Invariant:
+//! Owns reading, checking, decoding and writing of frames, differences to what the guest has among them. Does not own positions (`board`) nor coverage. Invariant:
 //! nothing is written for a frame whose header, payload and digest have not all been checked, and a frame is either
 //! written whole or, if its lane is stopped, not begun. A lane holds one frame at a time, so memory is bounded by the
 //! number of lanes.
@@ -16,8 +16,9 @@ use vmferry_common::codec::{CodecError, Decoder};
 use vmferry_common::lanes::{LaneError, LaneReceiver};
 use vmferry_hypervisor::GuestError;
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::frame::FrameHeader;
+use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader};
 use vmferry_proto::ids::{FrameSeq, Lane};
+use vmferry_proto::spec::RegionKind;
 
 use crate::board::Board;
 use crate::error::guest_to_wire;
@@ -39,6 +40,15 @@ pub(crate) enum ApplyError {
         /// Why.
         #[source]
         source: CodecError,
+    },
+    /// What the guest has could not be read.
+    #[error("region {region} cannot be read")]
+    Read {
+        /// The region's name.
+        region: String,
+        /// Why.
+        #[source]
+        source: GuestError,
     },
     /// The guest could not be written.
     #[error("region {region} cannot be written")]
@@ -78,10 +88,21 @@ impl LaneFailed {
     pub(crate) fn event(&self) -> Option<SessionEvent> {
         match &self.error {
             ApplyError::Receive(error) => error.to_wire().map(SessionEvent::Violation),
+            ApplyError::Payload {
+                source: CodecError::OtherBases,
+                ..
+            } => Some(SessionEvent::GivenUp(WireError::new(
+                ErrorCode::LinkLost,
+                format!("lane {}: {}", self.lane, chain(&self.error)),
+            ))),
             ApplyError::Payload { .. } => Some(SessionEvent::Violation(WireError::new(
                 ErrorCode::BadFrame,
                 format!("lane {}: {}", self.lane, chain(&self.error)),
             ))),
+            ApplyError::Read { region, source } => {
+                let doing = format!("region {region} cannot be read");
+                Some(SessionEvent::WriteFailed(guest_to_wire(source, &doing)))
+            }
             ApplyError::Write { region, source } => {
                 let doing = format!("region {region} cannot be written");
                 Some(SessionEvent::WriteFailed(guest_to_wire(source, &doing)))
@@ -95,6 +116,7 @@ pub(crate) fn spawn(receiver: LaneReceiver, context: LaneContext) -> JoinHandle<
     let applier = Applier {
         receiver,
         decoder: Decoder::new(),
+        here: Vec::new(),
         context,
     };
     tokio::spawn(applier.run())
@@ -104,6 +126,8 @@ pub(crate) fn spawn(receiver: LaneReceiver, context: LaneContext) -> JoinHandle<
 struct Applier {
     receiver: LaneReceiver,
     decoder: Decoder,
+    /// What the guest has where a frame of differences goes; kept for its memory.
+    here: Vec<u8>,
     context: LaneContext,
 }
 
@@ -137,21 +161,24 @@ impl Applier {
         let Self {
             receiver,
             decoder,
+            here,
             context,
         } = self;
         let LaneContext {
             sink, board, meter, ..
         } = context;
-        let data = decoder
-            .decode(header, &payload)
-            .map_err(|source| ApplyError::Payload {
-                seq: header.seq,
-                source,
-            })?;
         // The header was checked against the lengths of these very regions.
         let Some(target) = sink.target(header.region) else {
             return Ok(());
         };
+        let decoded = match header.encoding {
+            Encoding::Raw | Encoding::Zstd => decoder.decode(header, &payload),
+            Encoding::Difference => {
+                read_bases(&target, header, &payload, here).await?;
+                decoder.decode_differences(header, &payload, target.len, here)
+            }
+        };
+        let data = decoded.map_err(|source| wrong(header, source))?;
         write(&target, header, data)
             .await
             .map_err(|source| ApplyError::Write {
@@ -164,6 +191,43 @@ impl Applier {
         board.note_applied(receiver.lane(), header.seq, target.kind, u64::from(bytes));
         Ok(())
     }
+}
+
+const fn wrong(header: &FrameHeader, source: CodecError) -> ApplyError {
+    ApplyError::Payload {
+        seq: header.seq,
+        source,
+    }
+}
+
+/// Reads into `here` what the guest has in the blocks to which a frame has differences (`[WIRE-52]`). At most what the frame itself
+/// decodes to, since they are blocks of it.
+async fn read_bases(
+    target: &Target<'_>,
+    header: &FrameHeader,
+    payload: &[u8],
+    here: &mut Vec<u8>,
+) -> Result<(), ApplyError> {
+    let of_memory = match target.kind {
+        RegionKind::Memory => Ok(()),
+        RegionKind::Disk => Err(FrameError::Bases),
+    };
+    let (bases, _) = of_memory
+        .and_then(|()| Bases::split(header, payload))
+        .map_err(|error| wrong(header, CodecError::Bases(error)))?;
+    let runs = target.len.runs(header.window, &bases.blocks);
+    here.resize(
+        target.len.bytes_of(header.window, &bases.blocks) as usize,
+        0,
+    );
+    target
+        .writer
+        .read(&runs, here)
+        .await
+        .map_err(|source| ApplyError::Read {
+            region: target.name.to_owned(),
+            source,
+        })
 }
 
 async fn write(target: &Target<'_>, header: &FrameHeader, data: &[u8]) -> Result<(), GuestError> {

@@ -175,6 +175,8 @@ pub(crate) enum SessionEvent {
     Violation(WireError),
     /// The guest cannot be written: this side's trouble.
     WriteFailed(WireError),
+    /// Nobody is to blame, and only a new session goes on.
+    GivenUp(WireError),
     /// The connection is gone.
     Lost(String),
 }

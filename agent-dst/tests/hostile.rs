@@ -7,12 +7,13 @@ mod support;
 
 use bytes::Bytes;
 use support::{Client, DISK, LANES, RAM, Site, hello, spec};
+use vmferry_common::digest;
 use vmferry_proto::error::ErrorCode;
-use vmferry_proto::frame::{Encoding, FrameHeader, StreamKind};
+use vmferry_proto::frame::{Bases, Encoding, FrameHeader, StreamKind};
 use vmferry_proto::geometry::{WindowBits, WindowIndex};
 use vmferry_proto::ids::{Attempt, FrameSeq, Lane, RegionId, SessionNumber};
 use vmferry_proto::limits::MAX_COMPARES;
-use vmferry_proto::message::{Offer, ToDestination, WindowRange};
+use vmferry_proto::message::{Hello, Offer, ToDestination, WindowRange};
 use vmferry_proto::version::{ProtocolVersion, VersionRange};
 
 /// Writes these bytes to the control stream of a fresh connection, ends it if asked to, and hears the error.
@@ -286,6 +287,99 @@ async fn blocks_past_the_end_of_a_disk_are_not_written() {
     site.still_serves().await;
 }
 
+/// Makes the good raw frame one of differences: of `blocks` to bytes with this digest, the rest as it was.
+fn as_differences(
+    frame: (FrameHeader, Bytes),
+    blocks: WindowBits,
+    digest: u128,
+) -> (FrameHeader, Bytes) {
+    let (mut header, raw) = frame;
+    let packed = zstd::bulk::compress(&raw, 1).unwrap();
+    let payload = [&Bases { blocks, digest }.encode()[..], &packed].concat();
+    header.encoding = Encoding::Difference;
+    header.payload_len = u32::try_from(payload.len()).unwrap();
+    (header, payload.into())
+}
+
+/// `[WIRE-52]`: whatever is named as a base, nothing is written that is not what the frame's digest says.
+#[tokio::test]
+async fn differences_to_what_cannot_be_are_refused() {
+    let site = Site::new();
+    let zeros = digest::plain(&[0; 2 * 4096]);
+    let two = WindowBits::first(2);
+    type Make = fn(&mut Client, u128) -> (FrameHeader, Bytes);
+    let cases: [(&str, Make); 5] = [
+        ("to no block", |client, zeros| {
+            as_differences(
+                client.frame(0, 0, WindowBits::first(2), 0x5a),
+                WindowBits::EMPTY,
+                zeros,
+            )
+        }),
+        ("to a block that is not in the frame", |client, zeros| {
+            as_differences(
+                client.frame(0, 0, WindowBits::first(2), 0x5a),
+                WindowBits::FULL,
+                zeros,
+            )
+        }),
+        ("to a disk", |client, zeros| {
+            as_differences(
+                client.frame(1, 0, WindowBits::first(2), 0x5a),
+                WindowBits::first(2),
+                zeros,
+            )
+        }),
+        ("with another result", |client, zeros| {
+            let mut frame = client.frame(0, 0, WindowBits::first(2), 0x5a);
+            frame.0.digest ^= 1;
+            as_differences(frame, WindowBits::first(2), zeros)
+        }),
+        ("that are not zstd", |client, zeros| {
+            let frame = client.frame(0, 0, WindowBits::first(2), 0x5a);
+            let (header, payload) = as_differences(frame, WindowBits::first(2), zeros);
+            (
+                header,
+                [&payload[..Bases::ENCODED_LEN], &[0xff; 4096]]
+                    .concat()
+                    .into(),
+            )
+        }),
+    ];
+    for (number, (what, make)) in (1u8..).zip(cases) {
+        let mut client = Client::ready(&site, number).await;
+        let (mut header, payload) = make(&mut client, zeros);
+        header.payload_len = u32::try_from(payload.len()).unwrap();
+        client.send_raw(Lane(0), &header, &payload).await;
+        let error = client.expect_error(ErrorCode::BadFrame).await;
+        assert!(!error.detail.is_empty(), "{what}");
+        site.is_clean().await;
+    }
+    // A good one, to the zeros that a fresh copy has, and then the same once more, to what is no longer there.
+    let mut client = Client::ready(&site, 20).await;
+    let good = client.frame(0, 0, two, 0x5a);
+    client.send_frame(as_differences(good, two, zeros)).await;
+    client.expect_progress(Lane(0)).await;
+    let stale = client.frame(0, 0, two, 0x5a);
+    client.send_frame(as_differences(stale, two, zeros)).await;
+    // `[WIRE-53]`: the session ends, and the next one goes on where it was.
+    client.expect_error(ErrorCode::LinkLost).await;
+    let again = Hello {
+        session: SessionNumber(2),
+        ..hello(20)
+    };
+    let mut client = Client::welcome(&site, again).await;
+    let resume = client
+        .offer()
+        .await
+        .resume
+        .expect("the copy is still there");
+    assert_eq!(resume.lanes[0].applied, FrameSeq(1));
+    client.cancel().await;
+    site.is_clean().await;
+    site.still_serves_with(30).await;
+}
+
 #[tokio::test]
 async fn a_zstd_bomb_does_not_go_off() {
     let site = Site::new();
@@ -342,7 +436,7 @@ async fn lanes_that_do_not_belong_are_refused() {
 async fn a_device_state_that_lies_is_not_loaded() {
     let site = Site::new();
     let state = b"not what was announced".as_slice();
-    let digest = vmferry_common::digest::plain(state);
+    let digest = digest::plain(state);
     let len = state.len() as u64;
     let lies = [
         (len, digest ^ 1, ErrorCode::BadFrame),

@@ -6,7 +6,7 @@
 //! not change under it. Owns neither the ledger nor any decision.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,8 +14,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmferry_common::budget::SendBudget;
-use vmferry_common::codec::{Blocks, CodecError, Encoded, Encoder, EncoderPool};
+use vmferry_common::codec::{
+    Before, Blocks, CodecError, Encoded, Encoder, EncoderPool, KeptBefore,
+};
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
+use vmferry_common::kept::KeptBlocks;
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
 use vmferry_common::sent::SentBlocks;
@@ -69,6 +72,9 @@ pub struct LaneCounters {
     wire_bytes: AtomicU64,
     zero_blocks: AtomicU64,
     unchanged_blocks: AtomicU64,
+    difference_blocks: AtomicU64,
+    /// Set where the destination did not have what a difference was to.
+    only_whole: AtomicBool,
     raw_bytes: AtomicU64,
     waited_ns: AtomicU64,
     began: Instant,
@@ -92,6 +98,8 @@ impl LaneCounters {
             wire_bytes: AtomicU64::new(0),
             zero_blocks: AtomicU64::new(0),
             unchanged_blocks: AtomicU64::new(0),
+            difference_blocks: AtomicU64::new(0),
+            only_whole: AtomicBool::new(false),
             raw_bytes: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
             began: Instant::now(),
@@ -145,6 +153,17 @@ impl LaneCounters {
     pub fn unchanged(&self) -> u64 {
         self.unchanged_blocks.load(Ordering::Relaxed)
     }
+
+    /// Blocks sent as differences.
+    #[must_use]
+    pub fn differences(&self) -> u64 {
+        self.difference_blocks.load(Ordering::Relaxed)
+    }
+
+    /// The sessions to come send no differences.
+    pub fn send_only_whole(&self) {
+        self.only_whole.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A frame to send and where its bytes are.
@@ -156,6 +175,17 @@ pub struct LaneJob {
     pub len: RegionLen,
     /// Reader of its region.
     pub reader: Arc<dyn RegionReader>,
+    /// Whether it may go as differences, and if so, whether it is likely to be sent once more.
+    pub differ: Option<Again>,
+}
+
+/// Whether the blocks of a frame are likely to be sent once more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// They were written since the migration began.
+    Likely,
+    /// Nothing is known of them.
+    Unknown,
 }
 
 /// A lane failed: told to the engine once.
@@ -184,18 +214,20 @@ pub struct LaneHandle {
 }
 
 impl Lanes {
-    /// Starts a task for each stream.
+    /// Starts a task for each stream, which sends `differences` if the peer takes them.
     #[must_use]
     pub fn start(
         senders: Vec<LaneSender>,
         pacer: &Pacer,
         counters: &Arc<LaneCounters>,
+        differences: bool,
         failed: &mpsc::UnboundedSender<LaneFailed>,
     ) -> Self {
         let moved = Arc::new(Notify::new());
         let pool: Arc<EncoderPool> = Arc::default();
         let (workers, lanes) = (workers(), senders.len());
         let looks = !counters.compress().0.is_off();
+        let differs = looks && differences && !counters.only_whole.load(Ordering::Relaxed);
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let start = |sender: LaneSender| {
             let budget = budgets
@@ -208,6 +240,7 @@ impl Lanes {
                 sender,
                 encoder: Encoder::of(pool.clone()),
                 sent: looks.then(|| SentBlocks::of_one(lanes)),
+                kept: differs.then(|| KeptBlocks::of_one(lanes)),
                 budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
@@ -277,6 +310,8 @@ struct Worker {
     encoder: Encoder,
     /// `None` with `--compress off`, which spends no time on bytes.
     sent: Option<SentBlocks>,
+    /// `None` as well where the peer does not take differences.
+    kept: Option<KeptBlocks>,
     budget: Arc<SendBudget>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
@@ -305,7 +340,9 @@ impl Worker {
     }
 
     async fn send(&mut self, job: &LaneJob) -> Result<(), LaneError> {
-        let LaneJob { frame, len, reader } = job;
+        let LaneJob {
+            frame, len, reader, ..
+        } = job;
         let wanted = frame.blocks.minus(&frame.known_zero);
         let bytes = len.bytes_of(frame.window, &wanted) as usize;
         let (reserved, mut waited) = self
@@ -333,16 +370,7 @@ impl Worker {
             known_zero: frame.known_zero,
             bytes: &[],
         };
-        let level = self.counters.compress().0.next_level();
-        let encoded = self
-            .encoder
-            .encode_filled(&blocks, level, self.sent.as_mut())?;
-        if let Some(time) = encoded.compress_time {
-            let mut compress = self.counters.compress();
-            compress
-                .0
-                .on_compressed(encoded.raw_len, encoded.payload.len(), time);
-        }
+        let encoded = self.encode(&blocks, job.differ)?;
         self.count(&encoded);
         let header = encoded.header(frame.seq);
         let began = Instant::now();
@@ -353,6 +381,31 @@ impl Worker {
         let waited = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
         self.counters.waited_ns.fetch_add(waited, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// Encodes what was read, as the policy says, and tells it what came of that.
+    fn encode(&mut self, blocks: &Blocks<'_>, again: Option<Again>) -> Result<Encoded, CodecError> {
+        let (level, differ) = {
+            let policy = &mut self.counters.compress().0;
+            (policy.next_level(), policy.differs())
+        };
+        let kept = self.kept.as_mut().zip(again);
+        let kept = kept.map(|(blocks, again)| KeptBefore {
+            blocks,
+            again: again == Again::Likely,
+            differ,
+        });
+        let before = self.sent.as_mut().map(|sent| Before { sent, kept });
+        let encoded = self.encoder.encode_filled(blocks, level, before)?;
+        if let Some(time) = encoded.compress_time {
+            let policy = &mut self.counters.compress().0;
+            if encoded.differences.is_empty() {
+                policy.on_compressed(encoded.raw_len, encoded.payload.len(), time);
+            } else {
+                policy.on_differences(time);
+            }
+        }
+        Ok(encoded)
     }
 
     fn count(&self, encoded: &Encoded) {
@@ -366,6 +419,10 @@ impl Worker {
         self.counters
             .unchanged_blocks
             .fetch_add(unchanged, Ordering::Relaxed);
+        let differences = u64::from(encoded.differences.count());
+        self.counters
+            .difference_blocks
+            .fetch_add(differences, Ordering::Relaxed);
         self.counters
             .raw_bytes
             .fetch_add(u64::from(encoded.raw_len), Ordering::Relaxed);

@@ -72,6 +72,8 @@ pub struct Report {
     pub resent_blocks: u64,
     /// Blocks of 4 KiB that were dirtied and not sent again, since their content was what had been sent before.
     pub unchanged_blocks: u64,
+    /// Blocks of 4 KiB that were sent as the difference to what had been sent before.
+    pub difference_blocks: u64,
     /// Size of the device state.
     pub device_state_bytes: u64,
     /// Longest time for which the copy held the running guest at a time: scan, re-arm, barrier.
@@ -231,6 +233,7 @@ impl Report {
             kept_bytes: 0,
             resent_blocks: 0,
             unchanged_blocks: 0,
+            difference_blocks: 0,
             device_state_bytes: 0,
             guest_stall_ms: Millis::default(),
             barrier_stall_ms: Millis::default(),

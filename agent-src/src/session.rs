@@ -26,7 +26,7 @@ use vmferry_proto::ids::{
 use vmferry_proto::message::{Hello, Offer, ToDestination, ToSource, Welcome};
 use vmferry_proto::session_source::{SourceSession, SourceSessionEvent};
 use vmferry_proto::spec::GuestSpec;
-use vmferry_proto::version::{COMPARE, Features, SUPPORTED};
+use vmferry_proto::version::{COMPARE, DIFFERENCE, Features, SUPPORTED};
 
 use crate::error::{LinkError, MigrateError};
 use crate::lanes::{LaneCounters, LaneError, LaneFailed, Lanes};
@@ -247,7 +247,9 @@ impl Session {
             let opened = LaneSender::open(connection, self.header, lane, &self.peer).await;
             senders.push(opened.map_err(|error| LinkError::Lane(error.into()))?);
         }
-        self.lanes = Some(Lanes::start(senders, pacer, counters, &self.failures));
+        let differences = self.welcome.features.has(DIFFERENCE);
+        let lanes = Lanes::start(senders, pacer, counters, differences, &self.failures);
+        self.lanes = Some(lanes);
         Ok(())
     }
 

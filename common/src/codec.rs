@@ -1,28 +1,33 @@
 //! The window codec: blocks of a window become a frame's payload, and back.
 //!
-//! Owns the zero test, compression and the digest of the raw bytes; the frame's layout is
+//! Owns the zero test, compression, differences and the digest of the raw bytes; the frame's layout is
 //! `vmferry_proto::frame`'s and where bytes come from or go to is the caller's. Invariants: guest memory was
 //! copied before it came here and is copied at most once more, and a peer cannot make the decoder produce
 //! more bytes than the checked header announced.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::frame::{Encoding, FrameHeader, LAYOUT_VERSION};
-use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowRef};
+use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader, LAYOUT_VERSION};
+use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowIndex, WindowRef};
 use vmferry_proto::ids::FrameSeq;
 use vmferry_proto::limits::{MAX_FRAME_BLOCKS, MAX_FRAME_PAYLOAD};
 use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::CParameter;
 
 use crate::buffers::FrameBuffers;
-use crate::digest;
+use crate::digest::{self, PlainDigest};
+use crate::kept::{self, KeptBlocks};
 use crate::sent::{SentBlocks, SentWindow};
 
 /// What all blocks are compared with.
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
+
+/// zstd level of a frame that is mostly differences and would go raw otherwise: differences are nearly all zeros.
+const DIFFERENCE_LEVEL: i32 = 1;
 
 /// Blocks could not be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +63,12 @@ pub enum CodecError {
     /// The decoded bytes are not those that were sent.
     #[error("the digest of the decoded bytes differs")]
     Digest,
+    /// The frame's differences are to no blocks that can be.
+    #[error("the frame's differences are of no use")]
+    Bases(#[source] FrameError),
+    /// The frame's differences are to other bytes than those that are here: the peer is not to blame.
+    #[error("the blocks here are not those to which the frame has differences")]
+    OtherBases,
 }
 
 impl CodecError {
@@ -65,11 +76,11 @@ impl CodecError {
     #[must_use]
     pub fn to_wire(&self) -> Option<WireError> {
         match self {
-            Self::Payload { .. } | Self::Digest => Some(WireError::new(
+            Self::Payload { .. } | Self::Digest | Self::Bases(_) => Some(WireError::new(
                 ErrorCode::BadFrame,
                 format!("bad frame: {self}"),
             )),
-            Self::Blocks { .. } | Self::Setup { .. } => None,
+            Self::Blocks { .. } | Self::Setup { .. } | Self::OtherBases => None,
         }
     }
 }
@@ -85,6 +96,8 @@ pub struct Encoded {
     pub zero: WindowBits,
     /// Blocks that were given and are not in the frame: they are as they were sent before.
     pub unchanged: WindowBits,
+    /// Blocks that go as differences to what was sent before.
+    pub differences: WindowBits,
     /// Encoding of the payload.
     pub encoding: Encoding,
     /// Bytes of the blocks that are not zero.
@@ -132,11 +145,55 @@ pub struct Blocks<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What a lane knows of what it sent before.
+#[derive(Debug)]
+pub struct Before<'a> {
+    /// Digests.
+    pub sent: &'a mut SentBlocks,
+    /// Content of blocks of memory that are written again and again, if the peer takes differences.
+    pub kept: Option<KeptBefore<'a>>,
+}
+
+/// Content that was sent before, and what is to be done with it.
+#[derive(Debug)]
+pub struct KeptBefore<'a> {
+    /// The content.
+    pub blocks: &'a mut KeptBlocks,
+    /// Whether the frame's blocks are likely to be sent again: then they are kept.
+    pub again: bool,
+    /// Whether differences are worth the time now.
+    pub differ: bool,
+}
+
 /// zstd's context and its working memory: megabytes at the higher levels.
 struct Press {
     level: i32,
     compressor: Compressor<'static>,
     packed: Vec<u8>,
+    /// The blocks of a frame, of which some are differences.
+    differences: Vec<u8>,
+}
+
+impl Press {
+    /// `head` and, behind it, `content` compressed; `None` where that is not smaller than `content`.
+    fn pack(&mut self, head: &[u8], content: &[u8]) -> std::io::Result<Option<Bytes>> {
+        self.packed.clear();
+        // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
+        self.packed
+            .reserve(zstd::zstd_safe::compress_bound(content.len()));
+        let len = self
+            .compressor
+            .compress_to_buffer(content, &mut self.packed)?;
+        let packed = self.packed.get(..len).unwrap_or_default();
+        if head.len() + len >= content.len() {
+            return Ok(None);
+        }
+        // A buffer of just its length: what waits in queues is counted by payload.
+        let mut payload = BytesMut::with_capacity(head.len() + len);
+        payload.extend_from_slice(head);
+        payload.extend_from_slice(packed);
+        Ok(Some(payload.freeze()))
+    }
 }
 
 /// What encoders share: as much of it exists as is in use at once, however many there are of them.
@@ -168,6 +225,7 @@ impl EncoderPool {
                 level,
                 compressor: new_compressor(level)?,
                 packed: Vec::new(),
+                differences: Vec::new(),
             }),
         }
     }
@@ -230,37 +288,46 @@ impl Encoder {
     }
 
     /// As [`encode`](Self::encode), of what was filled into [`room`](Self::room): where no block is zero, nothing is
-    /// copied any more. `blocks.bytes` is not looked at. With `sent`, blocks that are as they were sent before are left out.
+    /// copied any more. `blocks.bytes` is not looked at. What was sent `before` saves bytes: blocks that are as they were then are
+    /// left out, and some that are nearly so go as differences.
     pub fn encode_filled(
         &mut self,
         blocks: &Blocks<'_>,
         level: Option<i32>,
-        sent: Option<&mut SentBlocks>,
+        before: Option<Before<'_>>,
     ) -> Result<Encoded, CodecError> {
-        let kept = self.compact(blocks, sent)?;
-        self.finish(blocks, kept, level)
+        let (sent, kept) = before.map_or((None, None), |before| (Some(before.sent), before.kept));
+        let shape = self.compact(blocks, sent)?;
+        self.finish(blocks, &shape, level, kept)
     }
 
     /// Makes the frame of what is in `raw`.
     fn finish(
         &mut self,
         blocks: &Blocks<'_>,
-        kept: Kept,
+        shape: &Shape,
         level: Option<i32>,
+        kept: Option<KeptBefore<'_>>,
     ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
         let started = Instant::now();
         let level = level.filter(|_| !self.raw.is_empty());
-        let packed = match level {
-            Some(level) => self.compress(level)?,
+        let differences = match kept {
+            Some(kept) => self.differences(blocks, shape, level, kept)?,
             None => None,
         };
-        let compress_time = level.map(|_| started.elapsed());
-        let (encoding, payload) = match packed {
-            Some(packed) => (Encoding::Zstd, packed),
-            None => (Encoding::Raw, self.payload()),
+        let packed = match (&differences, level) {
+            (None, Some(level)) => self.compress(level)?,
+            (Some(_), _) | (None, None) => None,
+        };
+        let tried = level.is_some() || differences.is_some();
+        let compress_time = tried.then(|| started.elapsed());
+        let (encoding, payload, of) = match (differences, packed) {
+            (Some((of, payload)), _) => (Encoding::Difference, payload, of),
+            (None, Some(packed)) => (Encoding::Zstd, packed, WindowBits::EMPTY),
+            (None, None) => (Encoding::Raw, self.payload(), WindowBits::EMPTY),
         };
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
@@ -268,15 +335,89 @@ impl Encoder {
         }
         Ok(Encoded {
             window: blocks.window,
-            present: blocks.read.or(&blocks.known_zero).minus(&kept.unchanged),
-            zero: kept.zero,
-            unchanged: kept.unchanged,
+            present: shape.zero.or(&shape.data),
+            zero: shape.zero,
+            unchanged: shape.unchanged,
+            differences: of,
             encoding,
             raw_len,
             digest,
             payload,
             compress_time,
         })
+    }
+
+    /// The payload of a frame of differences, and its blocks that are; `None` where there is nothing to gain. Whatever comes of it,
+    /// what is sent of the blocks is noted.
+    fn differences(
+        &self,
+        blocks: &Blocks<'_>,
+        shape: &Shape,
+        level: Option<i32>,
+        kept: KeptBefore<'_>,
+    ) -> Result<Option<(WindowBits, Bytes)>, CodecError> {
+        let KeptBefore {
+            blocks: kept,
+            again,
+            differ,
+        } = kept;
+        let made = if differ {
+            self.differences_to(kept, blocks, shape, level)?
+        } else {
+            None
+        };
+        shape
+            .zero
+            .iter()
+            .for_each(|block| kept.forget(blocks.window, block));
+        for (block, place) in places(blocks.region, blocks.window.window, &shape.data) {
+            let content = self.raw.get(place).unwrap_or_default();
+            kept.put(blocks.window, block, content, again);
+        }
+        Ok(made)
+    }
+
+    fn differences_to(
+        &self,
+        kept: &KeptBlocks,
+        blocks: &Blocks<'_>,
+        shape: &Shape,
+        level: Option<i32>,
+    ) -> Result<Option<(WindowBits, Bytes)>, CodecError> {
+        let window = blocks.window;
+        let places = || places(blocks.region, window.window, &shape.data);
+        let (mut near, mut digest) = (WindowBits::EMPTY, PlainDigest::new());
+        for (block, place) in places() {
+            let base = kept.get(window, block).zip(self.raw.get(place));
+            if let Some((base, _)) = base.filter(|(base, content)| kept::is_near(content, base)) {
+                near.insert(block);
+                digest.update(base);
+            }
+        }
+        // What would go raw is not compressed for the sake of a few blocks.
+        let worth = level.is_some() || near.count() * 2 >= shape.data.count();
+        if near.is_empty() || !worth {
+            return Ok(None);
+        }
+        let bases = Bases {
+            blocks: near,
+            digest: digest.finish(),
+        };
+        let level = level.unwrap_or(DIFFERENCE_LEVEL);
+        let setup = |source| CodecError::Setup { level, source };
+        let mut press = self.pool.press(level).map_err(setup)?;
+        let mut content = std::mem::take(&mut press.differences);
+        content.clear();
+        content.extend_from_slice(&self.raw);
+        for (block, place) in places().filter(|(block, _)| near.contains(*block)) {
+            if let Some((content, base)) = content.get_mut(place).zip(kept.get(window, block)) {
+                kept::difference(content, base);
+            }
+        }
+        let packed = press.pack(&bases.encode(), &content).map_err(setup)?;
+        press.differences = content;
+        self.pool.presses().push(press);
+        Ok(packed.map(|packed| (near, packed)))
     }
 
     /// What is in `raw`: the buffer itself where it is well used, since what waits in queues is counted by payload.
@@ -295,12 +436,12 @@ impl Encoder {
         &mut self,
         blocks: &Blocks<'_>,
         sent: Option<&mut SentBlocks>,
-    ) -> Result<Kept, CodecError> {
+    ) -> Result<Shape, CodecError> {
         check_blocks(blocks, self.raw.len())?;
         let mut before = sent.map(|sent| sent.window(blocks.window));
-        let mut kept = Kept::default();
+        let mut shape = Shape::default();
         for block in blocks.known_zero.minus(&blocks.read).iter() {
-            kept.put_zero(block, &mut before);
+            shape.put_zero(block, &mut before);
         }
         let (mut from, mut to) = (0, 0);
         for block in blocks.read.iter() {
@@ -308,13 +449,14 @@ impl Encoder {
             // Never past the end: the sum of all lengths was compared.
             let content = self.raw.get(from..from + len).unwrap_or_default();
             if is_zero(content) {
-                kept.put_zero(block, &mut before);
+                shape.put_zero(block, &mut before);
             } else if before
                 .as_mut()
                 .is_some_and(|before| before.is_as_before(block, content))
             {
-                kept.unchanged.insert(block);
+                shape.unchanged.insert(block);
             } else {
+                shape.data.insert(block);
                 if from != to {
                     self.raw.copy_within(from..from + len, to);
                 }
@@ -323,41 +465,30 @@ impl Encoder {
             from += len;
         }
         self.raw.truncate(to);
-        Ok(kept)
+        Ok(shape)
     }
 
     /// `None` where it would not get smaller.
     fn compress(&self, level: i32) -> Result<Option<Bytes>, CodecError> {
         let setup = |source| CodecError::Setup { level, source };
         let mut press = self.pool.press(level).map_err(setup)?;
-        press.packed.clear();
-        // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
-        press
-            .packed
-            .reserve(zstd::zstd_safe::compress_bound(self.raw.len()));
-        let len = press
-            .compressor
-            .compress_to_buffer(&self.raw, &mut press.packed)
-            .map_err(setup)?;
-        let packed = press
-            .packed
-            .get(..len)
-            .filter(|packed| packed.len() < self.raw.len())
-            // A buffer of just its length: what waits in queues is counted by payload.
-            .map(Bytes::copy_from_slice);
+        let packed = press.pack(&[], &self.raw).map_err(setup)?;
         self.pool.presses().push(press);
         Ok(packed)
     }
 }
 
-/// What became of the blocks whose bytes do not go.
+/// What becomes of the blocks of a frame.
 #[derive(Debug, Clone, Copy, Default)]
-struct Kept {
+struct Shape {
     zero: WindowBits,
+    /// Their bytes go.
+    data: WindowBits,
+    /// They are left out.
     unchanged: WindowBits,
 }
 
-impl Kept {
+impl Shape {
     fn put_zero(&mut self, block: u32, before: &mut Option<SentWindow<'_>>) {
         let as_before = before
             .as_mut()
@@ -368,6 +499,19 @@ impl Kept {
             self.zero.insert(block);
         }
     }
+}
+
+/// The blocks `which` of a window, and where their bytes are if they lie one behind the other.
+fn places(
+    region: RegionLen,
+    window: WindowIndex,
+    which: &WindowBits,
+) -> impl Iterator<Item = (u32, Range<usize>)> {
+    which.iter().scan(0, move |end, block| {
+        let begin = *end;
+        *end += region.block_len(window, block) as usize;
+        Some((block, begin..*end))
+    })
 }
 
 fn is_zero(block: &[u8]) -> bool {
@@ -426,7 +570,7 @@ impl Decoder {
         }
     }
 
-    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked.
+    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked. Not of a frame of differences.
     ///
     /// The header has passed [`FrameHeader::check`], so `raw_len` fits the blocks and the cap; exactly that much
     /// is allocated and produced, whatever the payload says.
@@ -435,41 +579,92 @@ impl Decoder {
         header: &FrameHeader,
         payload: &'a [u8],
     ) -> Result<&'a [u8], CodecError> {
-        let expected = header.raw_len;
-        let wrong = |source| CodecError::Payload { expected, source };
-        if expected > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
-            return Err(wrong(None));
-        }
+        check_payload(header, payload)?;
         let raw = match header.encoding {
             Encoding::Raw => payload,
-            Encoding::Zstd => {
-                let decompressor = match self.zstd.take() {
-                    Some(decompressor) => decompressor,
-                    None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
-                };
-                let decompressor = self.zstd.insert(decompressor);
-                self.raw.resize(expected as usize, 0);
-                // A payload that holds more fails for want of room: there is no bomb.
-                let made = decompressor.decompress_to_buffer(payload, &mut self.raw[..]);
-                let made = made.map_err(|error| wrong(Some(error)))?;
-                self.raw.get(..made).unwrap_or_default()
-            }
+            Encoding::Zstd => self.unpack(header.raw_len, payload)?,
+            Encoding::Difference => return Err(CodecError::Bases(FrameError::Bases)),
         };
-        if raw.len() != expected as usize {
-            return Err(wrong(None));
-        }
-        if digest::plain(raw) != header.digest {
-            return Err(CodecError::Digest);
-        }
+        check_decoded(header, raw)?;
         Ok(raw)
     }
+
+    /// The same of a frame of differences in a region of length `region`: `here` are the bytes that the destination has in the blocks
+    /// that [`Bases::split`] found in the payload, one behind the other.
+    pub fn decode_differences(
+        &mut self,
+        header: &FrameHeader,
+        payload: &[u8],
+        region: RegionLen,
+        here: &[u8],
+    ) -> Result<&[u8], CodecError> {
+        check_payload(header, payload)?;
+        let (bases, packed) = Bases::split(header, payload).map_err(CodecError::Bases)?;
+        if digest::plain(here) != bases.digest {
+            return Err(CodecError::OtherBases);
+        }
+        self.unpack(header.raw_len, packed)?;
+        let data = header.data_blocks();
+        let mut here =
+            places(region, header.window, &bases.blocks).map(|(_, place)| here.get(place));
+        for (_, place) in
+            places(region, header.window, &data).filter(|(block, _)| bases.blocks.contains(*block))
+        {
+            if let Some((content, base)) = self.raw.get_mut(place).zip(here.next().flatten()) {
+                kept::difference(content, base);
+            }
+        }
+        check_decoded(header, &self.raw)?;
+        Ok(&self.raw)
+    }
+
+    /// Makes `raw` of what zstd packed.
+    fn unpack(&mut self, expected: u32, packed: &[u8]) -> Result<&[u8], CodecError> {
+        let wrong = |source| CodecError::Payload { expected, source };
+        let decompressor = match self.zstd.take() {
+            Some(decompressor) => decompressor,
+            None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
+        };
+        let decompressor = self.zstd.insert(decompressor);
+        self.raw.resize(expected as usize, 0);
+        // A payload that holds more fails for want of room: there is no bomb.
+        let made = decompressor.decompress_to_buffer(packed, &mut self.raw[..]);
+        if made.map_err(|error| wrong(Some(error)))? != expected as usize {
+            return Err(wrong(None));
+        }
+        Ok(&self.raw)
+    }
+}
+
+fn check_payload(header: &FrameHeader, payload: &[u8]) -> Result<(), CodecError> {
+    if header.raw_len > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
+        return Err(CodecError::Payload {
+            expected: header.raw_len,
+            source: None,
+        });
+    }
+    Ok(())
+}
+
+fn check_decoded(header: &FrameHeader, raw: &[u8]) -> Result<(), CodecError> {
+    if raw.len() != header.raw_len as usize {
+        return Err(CodecError::Payload {
+            expected: header.raw_len,
+            source: None,
+        });
+    }
+    if digest::plain(raw) != header.digest {
+        return Err(CodecError::Digest);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
+
     use proptest::prelude::*;
-    use vmferry_proto::geometry::WindowIndex;
     use vmferry_proto::ids::RegionId;
 
     const WINDOW: WindowRef = WindowRef {
@@ -702,45 +897,157 @@ mod tests {
     }
 
     proptest! {
-        /// Frames of one window, one after the other: what is left out of one is there from those before.
+        /// Frames of one window, one after the other: what is left out of one is there from those before, and so is what another one
+        /// has only the difference to.
         #[test]
         fn what_is_left_out_is_there_already(
             passes in prop::collection::vec(
-                prop::collection::btree_map(0u32..40, (0u8..3, 0u64..2), 1..40), 1..6
+                prop::collection::btree_map(0u32..40, (0u8..5, 0u64..2), 1..40), 1..8
             ),
+            lanes in prop::sample::select(vec![1, 2000]),
+            level in prop::option::of(1..4),
         ) {
             let mut encoder = Encoder::new();
             let mut decoder = Decoder::new();
             let mut sent = SentBlocks::of_one(1);
-            let mut there: std::collections::BTreeMap<u32, Vec<u8>> = std::collections::BTreeMap::new();
+            let mut kept = KeptBlocks::of_one(lanes);
+            let mut there: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
             for pass in passes {
-                let content = pass.iter().map(|(at, (kind, seed))| (*at, block(*kind, *seed, 4096)));
-                let content: std::collections::BTreeMap<u32, Vec<u8>> = content.collect();
+                // The last block of the region is a short one.
+                let pass = pass.into_iter().map(|(at, kind)| (if at == 39 { 511 } else { at }, kind));
+                let content: BTreeMap<u32, Vec<u8>> = pass.map(|(at, (kind, seed))| {
+                    let len = REGION.block_len(WINDOW.window, at) as usize;
+                    (at, match there.get(&at) {
+                        Some(before) if kind > 2 => nearly(before, seed + u64::from(kind)),
+                        _ => block(kind, seed, len),
+                    })
+                }).collect();
                 let mut read = WindowBits::EMPTY;
-                for at in content.keys() {
-                    read.insert(*at);
-                }
+                content.keys().for_each(|at| read.insert(*at));
                 let bytes: Vec<u8> = content.values().flatten().copied().collect();
                 let blocks = Blocks { window: WINDOW, region: REGION, read, known_zero: WindowBits::EMPTY, bytes: &[] };
                 encoder.room(bytes.len()).copy_from_slice(&bytes);
-                let encoded = encoder.encode_filled(&blocks, Some(1), Some(&mut sent)).unwrap();
+                let before = Before {
+                    sent: &mut sent,
+                    kept: Some(KeptBefore { blocks: &mut kept, again: true, differ: true }),
+                };
+                let encoded = encoder.encode_filled(&blocks, level, Some(before)).unwrap();
                 let header = encoded.header(FrameSeq(1));
                 header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
                 for (at, new) in &content {
                     prop_assert_eq!(encoded.unchanged.contains(*at), there.get(at) == Some(new));
                     prop_assert_eq!(encoded.present.contains(*at), !encoded.unchanged.contains(*at));
                 }
-                let raw = decoder.decode(&header, &encoded.payload).unwrap();
-                for (at, bytes) in header.data_blocks().iter().zip(raw.chunks(4096)) {
-                    there.insert(at, bytes.to_vec());
+                let raw = decode(&mut decoder, &header, &encoded.payload, &there).unwrap();
+                for (at, place) in places(REGION, WINDOW.window, &header.data_blocks()) {
+                    there.insert(at, raw[place].to_vec());
                 }
                 for at in header.zero.iter() {
-                    there.insert(at, vec![0; 4096]);
+                    there.insert(at, vec![0; REGION.block_len(WINDOW.window, at) as usize]);
                 }
                 for (at, new) in &content {
                     prop_assert_eq!(there.get(at), Some(new));
                 }
             }
         }
+
+        #[test]
+        fn no_differences_make_the_decoder_panic(
+            payload in prop::collection::vec(any::<u8>(), 0..5000), blocks in 0u64..40, here in 0usize..9000,
+            raw_len in 0u32..600_000,
+        ) {
+            let base = vec![7; here];
+            let bases = Bases { blocks: WindowBits([blocks, 0, 0, 0, 0, 0, 0, 0]), digest: digest::plain(&base) };
+            let payload = [&bases.encode()[..], &payload].concat();
+            let header = FrameHeader {
+                encoding: Encoding::Difference,
+                raw_len,
+                payload_len: u32::try_from(payload.len()).unwrap(),
+                ..sample().header(FrameSeq(1))
+            };
+            prop_assert!(Decoder::new().decode_differences(&header, &payload, REGION, &base).is_err());
+            prop_assert!(Decoder::new().decode(&header, &payload).is_err());
+        }
+    }
+
+    /// `before` with a few other words.
+    fn nearly(before: &[u8], seed: u64) -> Vec<u8> {
+        let mut content = before.to_vec();
+        for at in (usize::try_from(seed).unwrap() * 8 % 500..content.len()).step_by(520) {
+            content[at] ^= 0x41;
+        }
+        content
+    }
+
+    /// As the destination does, which has `there`.
+    fn decode(
+        decoder: &mut Decoder,
+        header: &FrameHeader,
+        payload: &[u8],
+        there: &BTreeMap<u32, Vec<u8>>,
+    ) -> Result<Vec<u8>, CodecError> {
+        if header.encoding != Encoding::Difference {
+            return decoder.decode(header, payload).map(<[u8]>::to_vec);
+        }
+        let (bases, _) = Bases::split(header, payload).unwrap();
+        let here: Vec<u8> = bases
+            .blocks
+            .iter()
+            .flat_map(|at| there[&at].clone())
+            .collect();
+        let decoded = decoder.decode_differences(header, payload, REGION, &here);
+        decoded.map(<[u8]>::to_vec)
+    }
+
+    /// Two copies of three random blocks, the second with a few other words: what the destination has, and the second frame.
+    fn differing() -> (BTreeMap<u32, Vec<u8>>, Encoded) {
+        let (mut sent, mut kept) = (SentBlocks::of_one(1), KeptBlocks::of_one(1));
+        let mut encoder = Encoder::new();
+        let (read, first) = content(&[(0, 2), (1, 2), (5, 2)]);
+        let mut encode = |bytes: &[u8]| {
+            let blocks = Blocks {
+                window: WINDOW,
+                region: REGION,
+                read,
+                known_zero: WindowBits::EMPTY,
+                bytes: &[],
+            };
+            encoder.room(bytes.len()).copy_from_slice(bytes);
+            let before = Before {
+                sent: &mut sent,
+                kept: Some(KeptBefore {
+                    blocks: &mut kept,
+                    again: true,
+                    differ: true,
+                }),
+            };
+            encoder.encode_filled(&blocks, None, Some(before)).unwrap()
+        };
+        assert_eq!(encode(&first).encoding, Encoding::Raw);
+        let second = encode(&nearly(&first, 3));
+        let there = read.iter().zip(first.chunks(4096).map(<[u8]>::to_vec));
+        (there.collect(), second)
+    }
+
+    /// `[WIRE-52]`
+    #[test]
+    fn nearly_the_same_goes_as_a_difference_and_only_to_what_it_is_to() {
+        let (mut there, encoded) = differing();
+        assert_eq!(encoded.encoding, Encoding::Difference);
+        assert_eq!(encoded.differences.count(), 3);
+        assert!(encoded.payload.len() < 400, "{}", encoded.payload.len());
+        let header = encoded.header(FrameSeq(1));
+        let mut decoder = Decoder::new();
+        decode(&mut decoder, &header, &encoded.payload, &there).unwrap();
+        there.get_mut(&5).unwrap()[4095] ^= 1;
+        let error = decode(&mut decoder, &header, &encoded.payload, &there).unwrap_err();
+        assert!(matches!(error, CodecError::OtherBases) && error.to_wire().is_none());
+        there.get_mut(&5).unwrap()[4095] ^= 1;
+        let wrong = FrameHeader {
+            digest: header.digest ^ 1,
+            ..header
+        };
+        let error = decode(&mut decoder, &wrong, &encoded.payload, &there).unwrap_err();
+        assert!(matches!(error, CodecError::Digest));
     }
 }

@@ -196,6 +196,21 @@ impl CompressPolicy {
         self.mode == CompressMode::Off
     }
 
+    /// Whether differences are worth their time: raw is only for what cannot be compressed, not for what takes too long.
+    #[must_use]
+    pub const fn differs(&self) -> bool {
+        match self.mode {
+            CompressMode::Off => false,
+            CompressMode::Level(_) => true,
+            CompressMode::Auto => matches!(self.stage, Stage::Packed(_)),
+        }
+    }
+
+    /// A frame went as differences, which took this time. How much smaller it got says nothing of other content.
+    pub fn on_differences(&mut self, time: Duration) {
+        self.packing += time;
+    }
+
     /// zstd level of the next frame, or `None` for raw.
     pub fn next_level(&mut self) -> Option<i32> {
         match self.mode {

@@ -16,6 +16,7 @@ pub mod endpoint;
 pub mod hooks;
 pub mod identity;
 pub mod journal;
+pub mod kept;
 pub mod lanes;
 pub mod link;
 pub mod local;

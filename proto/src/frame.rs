@@ -13,10 +13,12 @@ use crate::ids::{FrameSeq, Lane, RegionId};
 use crate::layout;
 use crate::limits;
 
+mod difference;
 mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use difference::Bases;
 pub use stream::{StreamHeader, StreamHeaderError, StreamKind};
 
 /// Version of both layouts of this file; another one is refused.
@@ -29,6 +31,8 @@ pub enum Encoding {
     Raw,
     /// One zstd frame of them.
     Zstd,
+    /// [`Bases`], then one zstd frame of the blocks, of which some are exclusive-ored with what the destination has there.
+    Difference,
 }
 
 /// Header of a data frame.
@@ -150,6 +154,9 @@ pub enum FrameError {
         /// What came.
         got: u32,
     },
+    /// The payload does not begin with what its differences are to.
+    #[error("differences to blocks that the frame does not have, or to none")]
+    Bases,
     /// The payload's length does not fit encoding and decoded length.
     #[error("payload of {payload_len} bytes for {raw_len} decoded ones in encoding {encoding:?}")]
     PayloadLen {
@@ -173,6 +180,7 @@ impl Encoding {
         match self {
             Self::Raw => 0,
             Self::Zstd => 1,
+            Self::Difference => 2,
         }
     }
 
@@ -180,6 +188,7 @@ impl Encoding {
         match number {
             0 => Ok(Self::Raw),
             1 => Ok(Self::Zstd),
+            2 => Ok(Self::Difference),
             got => Err(FrameError::Encoding { got }),
         }
     }
@@ -312,6 +321,9 @@ impl FrameHeader {
         let fits = match self.encoding {
             Encoding::Raw => self.payload_len == self.raw_len,
             Encoding::Zstd => self.payload_len > 0 && self.payload_len <= self.raw_len,
+            Encoding::Difference => {
+                self.payload_len as usize > Bases::ENCODED_LEN && self.payload_len <= self.raw_len
+            }
         };
         if !fits || self.payload_len > limits::MAX_FRAME_PAYLOAD {
             return Err(FrameError::PayloadLen {

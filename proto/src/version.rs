@@ -32,6 +32,8 @@ impl VersionRange {
 pub const ZSTD: &str = "zstd";
 /// `Compare` may be asked (`[WIRE-49]`).
 pub const COMPARE: &str = "compare";
+/// Frames of encoding 2 may be sent (`[WIRE-52]`).
+pub const DIFFERENCE: &str = "difference";
 
 /// A set of optional features; unknown names are ignored by the side that does not have them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -41,7 +43,7 @@ impl Features {
     /// Features of this build.
     #[must_use]
     pub fn supported() -> Self {
-        Self([COMPARE, ZSTD].map(str::to_owned).into())
+        Self([COMPARE, DIFFERENCE, ZSTD].map(str::to_owned).into())
     }
 
     /// Features that both sides have.

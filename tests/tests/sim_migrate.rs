@@ -4,12 +4,14 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::Value;
-use vmferry_tests::harness::process::Finished;
+use vmferry_tests::harness::process::{Finished, Running};
 use vmferry_tests::harness::role::Role;
 use vmferry_tests::harness::stage::soon;
-use vmferry_tests::harness::{SimSpec, Stage};
+use vmferry_tests::harness::{Host, SimGuest, SimSpec, Stage};
 
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
 
@@ -131,7 +133,7 @@ fn several_guests_move_at_once() {
         .map(|guest| stage.begin(guest, &PATIENT))
         .collect();
     for (guest, running) in guests.iter().zip(running) {
-        let done = running.wait(std::time::Duration::from_secs(120)).unwrap();
+        let done = running.wait(Duration::from_secs(120)).unwrap();
         stage.expect_code(&done, 0);
         stage.expect_moved(guest);
     }
@@ -194,6 +196,134 @@ fn a_guest_without_a_disk_moves() {
     assert_eq!(done.json().unwrap()["disk_bytes"], 0);
 }
 
+/// Pages of a guest, behind where it keeps what it works with.
+struct Pages {
+    memory: fs::File,
+    at: u64,
+    content: Vec<u8>,
+}
+
+impl Pages {
+    fn of(guest: &SimGuest, host: &Host, pages: u64) -> Self {
+        let process = guest.client(host).unwrap().describe().unwrap();
+        let mut options = fs::File::options();
+        let memory = options.read(true).write(true);
+        let memory = memory.open(format!("/proc/{}/mem", process.pid)).unwrap();
+        let mut content = vec![0; usize::try_from(pages * 4096).unwrap()];
+        let at = process.ram_address + (16 << 20);
+        memory.read_exact_at(&mut content, at).unwrap();
+        Self {
+            memory,
+            at,
+            content,
+        }
+    }
+
+    fn write(&self, content: &[u8]) {
+        self.memory.write_all_at(content, self.at).unwrap();
+    }
+
+    /// Changes a few words of each again and again until `over`, then changes them back.
+    fn write_until(&self, over: impl FnMut() -> bool) {
+        let written = AtomicBool::new(false);
+        let write = || {
+            let mut others = self.content.clone();
+            while !written.load(Ordering::Relaxed) {
+                let words = others.iter_mut().step_by(1000);
+                words.for_each(|byte| *byte = byte.wrapping_add(1));
+                self.write(&others);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            self.write(&self.content);
+        };
+        let is_over = std::thread::scope(|scope| {
+            scope.spawn(write);
+            let is_over = soon(over);
+            written.store(true, Ordering::Relaxed);
+            is_over
+        });
+        assert!(is_over, "it never was over");
+    }
+}
+
+/// Pages that are written all the time, and a link on which their copy takes longer than the guest may stand still.
+const BUSY_PAGES: u64 = 2_000;
+
+fn begin_on_a_narrow_link(stage: &Stage) -> (SimGuest, Running) {
+    let guest = stage.guest(SimSpec {
+        dirty_rate: 0,
+        disk: 0,
+        disk_rate: 0,
+        fill: 100,
+        content: "random",
+        ..SimSpec::quiet("web")
+    });
+    let running = stage.begin(
+        &guest,
+        &[
+            "--cutover",
+            "manual",
+            "--verify",
+            "full",
+            "--compress",
+            "1",
+            "--max-bandwidth",
+            "100Mbit",
+            "--max-downtime",
+            "400ms",
+        ],
+    );
+    (guest, running)
+}
+
+fn is_converged(stage: &Stage) -> bool {
+    let status = stage.alpha.ask(Role::Source, "status", "web", &["--json"]);
+    status.is_ok_and(|status| {
+        let status = status.json();
+        status.is_ok_and(|status| status["phase"] == "converged")
+    })
+}
+
+/// What was written in a few words goes as the difference: of whole blocks so many would never fit.
+#[test]
+fn a_guest_that_writes_a_few_words_converges_by_differences() {
+    let stage = stage();
+    let (guest, running) = begin_on_a_narrow_link(&stage);
+    let pages = Pages::of(&guest, &stage.alpha, BUSY_PAGES);
+    pages.write_until(|| is_converged(&stage));
+    let cutover = stage.alpha.ask(Role::Source, "cutover", "web", &[]);
+    assert_eq!(cutover.unwrap().code(), 0);
+    let done = running.wait(Duration::from_secs(60)).unwrap();
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    let differences = number(&report, "difference_blocks");
+    assert!(differences >= BUSY_PAGES as f64 / 2.0, "{report}");
+    assert_eq!(number(&report, "sessions"), 1.0, "{report}");
+    stage.expect_moved(&guest);
+}
+
+/// `[WIRE-53]`
+#[test]
+fn differences_to_what_the_destination_does_not_have_go_whole() {
+    let stage = stage();
+    let (guest, running) = begin_on_a_narrow_link(&stage);
+    let pages = Pages::of(&guest, &stage.alpha, BUSY_PAGES);
+    assert!(soon(|| guest.client(&stage.beta).is_ok()));
+    let there = Pages::of(&guest, &stage.beta, 1);
+    pages.write_until(|| {
+        there.write(&[0x5a; 4096]);
+        running.stderr().contains("gave the session up")
+    });
+    assert!(soon(|| is_converged(&stage)));
+    let cutover = stage.alpha.ask(Role::Source, "cutover", "web", &[]);
+    assert_eq!(cutover.unwrap().code(), 0);
+    let done = running.wait(Duration::from_secs(60)).unwrap();
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    assert!(number(&report, "sessions") > 1.0, "{report}");
+    stage.expect_moved(&guest);
+}
+
 #[test]
 fn what_was_written_as_it_was_is_not_sent_again() {
     const PAGES: u64 = 2_000;
@@ -211,19 +341,10 @@ fn what_was_written_as_it_was_is_not_sent_again() {
     assert!(soon(|| ask("status", &["--json"])
         .json()
         .is_ok_and(|status| status["phase"] == "converged")));
-    let process = guest.client(&stage.alpha).unwrap().describe().unwrap();
-    let memory = fs::File::options()
-        .read(true)
-        .write(true)
-        .open(format!("/proc/{}/mem", process.pid))
-        .unwrap();
-    let mut content = vec![0; usize::try_from(PAGES * 4096).unwrap()];
-    // Behind where it keeps what it works with.
-    let at = process.ram_address + (32 << 20);
-    memory.read_exact_at(&mut content, at).unwrap();
-    memory.write_all_at(&content, at).unwrap();
+    let pages = Pages::of(&guest, &stage.alpha, PAGES);
+    pages.write(&pages.content);
     assert_eq!(ask("cutover", &[]).code(), 0);
-    let done = running.wait(std::time::Duration::from_secs(60)).unwrap();
+    let done = running.wait(Duration::from_secs(60)).unwrap();
     stage.expect_code(&done, 0);
     let report = done.json().unwrap();
     assert!(
@@ -275,8 +396,8 @@ fn a_manual_cutover_waits_and_a_script_learns_the_end() {
     assert_eq!(cutover.code(), 0, "{}{}", cutover.stdout, cutover.stderr);
     assert!(cutover.stdout.contains("committed"), "{}", cutover.stdout);
     let done = running
-        .wait_for("", std::time::Duration::ZERO, |_, _| Some(()))
-        .and_then(|()| running.wait(std::time::Duration::from_secs(60)))
+        .wait_for("", Duration::ZERO, |_, _| Some(()))
+        .and_then(|()| running.wait(Duration::from_secs(60)))
         .unwrap();
     stage.expect_code(&done, 0);
     stage.expect_moved(&guest);

@@ -140,6 +140,10 @@ impl Migration {
             }
             SessionEvent::Violation(error) => self.on_violation(error).await,
             SessionEvent::WriteFailed(error) => self.give_up(error).await,
+            SessionEvent::GivenUp(error) => {
+                tracing::warn!(guest = %self.config.name, "session given up: {}", error.detail);
+                self.end_session(Some(&error)).await;
+            }
             SessionEvent::Lost(why) => {
                 tracing::info!(guest = %self.config.name, "session lost: {why}");
                 self.end_session(None).await;

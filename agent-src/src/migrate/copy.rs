@@ -18,7 +18,7 @@ use vmferry_proto::spec::{RegionKind, RunState};
 use super::Migration;
 use super::inputs::Input;
 use crate::error::MigrateError;
-use crate::lanes::LaneJob;
+use crate::lanes::{Again, LaneJob};
 use crate::policy::{self, Decision, Left, RoundStats, Situation};
 use crate::session::Session;
 
@@ -265,8 +265,14 @@ impl Migration {
             ledger,
             readers,
             guest,
+            stats,
             ..
         } = self;
+        // What is sent after the first round was written since the migration began.
+        let again = match stats.rounds.is_empty() {
+            true => Again::Unknown,
+            false => Again::Likely,
+        };
         let lanes = session.as_ref().and_then(Session::lanes).ok_or(NoSession)?;
         for (index, lane) in (0u8..).map(Lane).zip(lanes.handles()) {
             while lane.has_room() {
@@ -283,6 +289,8 @@ impl Migration {
                     frame,
                     len: spec.len,
                     reader: reader.clone(),
+                    // The destination reads what it has there, which of a disk may take longer than the bytes.
+                    differ: (spec.kind == RegionKind::Memory).then_some(again),
                 };
                 if !lane.push(job) {
                     // Its task has failed and says why on its own way.

@@ -133,6 +133,11 @@ impl Migration {
 
     fn interpret(&mut self, ready: Ready) -> Option<Input> {
         match ready {
+            // `[WIRE-53]`: nothing was sent yet in the next session, so everything goes whole.
+            Ready::Link(Ok(ToSource::Error(error))) if error.code == ErrorCode::LinkLost => {
+                self.counters.send_only_whole();
+                Some(self.lost(LinkError::GivenUp(error)))
+            }
             Ready::Link(Ok(message)) => Some(Input::Peer(message)),
             Ready::Link(Err(error)) => Some(self.lost(error)),
             Ready::Command(command) => self.on_command(command),

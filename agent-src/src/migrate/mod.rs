@@ -150,6 +150,8 @@ pub struct Sent {
     pub resent_blocks: u64,
     /// Blocks that were dirtied and not sent, since they were as before.
     pub unchanged_blocks: u64,
+    /// Blocks sent as differences to what was sent before.
+    pub difference_blocks: u64,
 }
 
 /// What a migration came to.
@@ -279,6 +281,7 @@ impl Migration {
                     .resent_blocks()
                     .saturating_sub(self.counters.unchanged()),
                 unchanged_blocks: self.counters.unchanged(),
+                difference_blocks: self.counters.differences(),
             },
             end: self.end,
             rolled_back: self.last_rollback,

@@ -247,6 +247,9 @@ fn totals(report: &Report) -> String {
                 report.unchanged_blocks
             );
         }
+        if report.difference_blocks > 0 {
+            let _ = write!(blocks, ", {} as differences", report.difference_blocks);
+        }
         total("blocks", blocks);
     }
     if report.device_state_bytes > 0 {

@@ -66,6 +66,44 @@ fn the_frame_header_has_these_bytes() {
     assert_eq!(FrameHeader::decode(&header.encode()), Ok(header));
 }
 
+/// `[WIRE-52]`
+#[test]
+fn differences_begin_with_their_bases() {
+    let header = header();
+    let bases = Bases {
+        blocks: WindowBits::first(1),
+        digest: header.digest,
+    };
+    let golden = concat!(
+        "100f0e0d0c0b0a090807060504030201", // digest
+        "0100000000000000",                 // blocks
+        "000000000000000000000000000000000000000000000000",
+        "000000000000000000000000000000000000000000000000",
+        "0000000000000000",
+    );
+    assert_eq!(hex(&bases.encode()), golden);
+    let payload = [&bases.encode()[..], b"rest"].concat();
+    assert_eq!(Bases::split(&header, &payload), Ok((bases, &b"rest"[..])));
+    let refused = |blocks: WindowBits, header: &FrameHeader| {
+        let payload = Bases { blocks, ..bases }.encode();
+        assert_eq!(Bases::split(header, &payload), Err(FrameError::Bases));
+    };
+    refused(WindowBits::EMPTY, &header);
+    refused(WindowBits::first(3), &header);
+    let zero = WindowBits::first(1);
+    refused(
+        zero,
+        &FrameHeader {
+            zero,
+            ..header.clone()
+        },
+    );
+    assert_eq!(
+        Bases::split(&header, &payload[..79]),
+        Err(FrameError::Bases)
+    );
+}
+
 #[test]
 fn the_stream_headers_have_these_bytes() {
     let mut header = StreamHeader {
@@ -205,6 +243,22 @@ fn every_broken_rule_is_named() {
             |e| matches!(e, FrameError::PayloadLen { .. }),
         ),
         (
+            "differences without bases",
+            |h| {
+                h.encoding = Encoding::Difference;
+                h.payload_len = 80;
+            },
+            |e| matches!(e, FrameError::PayloadLen { .. }),
+        ),
+        (
+            "grown differences",
+            |h| {
+                h.encoding = Encoding::Difference;
+                h.payload_len = 4197;
+            },
+            |e| matches!(e, FrameError::PayloadLen { .. }),
+        ),
+        (
             "zstd of nothing",
             |h| {
                 h.encoding = Encoding::Zstd;
@@ -249,10 +303,10 @@ fn a_frame_holds_no_more_blocks_than_the_cap() {
 #[test]
 fn unknown_versions_encodings_and_kinds_do_not_decode() {
     let mut bytes = header().encode();
-    bytes[1] = 2;
+    bytes[1] = 3;
     assert_eq!(
         FrameHeader::decode(&bytes),
-        Err(FrameError::Encoding { got: 2 })
+        Err(FrameError::Encoding { got: 3 })
     );
     bytes[0] = 0;
     assert_eq!(
