@@ -1,7 +1,7 @@
 //! Beside others: whether somebody else fills the queue, and how much to take then.
 //!
 //! A flow that only fills the pipe and one that fills pipe and queue do not share: the second takes all. So the model
-//! looks whether the queue stands although it keeps its own part of it small. If it does, the window is made half of all
+//! looks whether the queue stands although it keeps its own part of it small. If it does, the window is made three fifths of all
 //! that pipe and queue hold, which is the line's rate times the round trip as it is now, until the queue is seen empty
 //! again. The line's rate is the best that was carried of late. Who joins a full line has not seen that, but start-up shows it: what it
 //! adds waits behind itself, so bytes added over time added to the round trip is the line's rate.
@@ -21,8 +21,9 @@ const LEAVE_QUEUED: u32 = 1;
 const CHECK_EVERY: u32 = 48;
 /// Rounds with loss among the last eight that mean more than an end of the others' growth.
 const OVERFLOWING: u32 = 4;
-/// Part of pipe and queue taken, in percent: as much as all others together.
-const SHARE: u64 = 50;
+/// Part of pipe and queue taken, in percent. The line is mostly known as slower than it is, by headers and by what others had of it,
+/// so that it comes to about half.
+const SHARE: u64 = 60;
 
 /// A line that is this much faster, in percent, than what start-up got of it is shared.
 const CROWDED: u64 = 250;
