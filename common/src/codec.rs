@@ -6,7 +6,7 @@
 //! more bytes than the checked header announced.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -14,14 +14,17 @@ use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader, LAYOUT_VERSION};
 use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowIndex, WindowRef};
 use vmferry_proto::ids::FrameSeq;
-use vmferry_proto::limits::{MAX_FRAME_BLOCKS, MAX_FRAME_PAYLOAD};
-use zstd::bulk::{Compressor, Decompressor};
-use zstd::zstd_safe::CParameter;
+use vmferry_proto::limits::MAX_FRAME_BLOCKS;
 
-use crate::buffers::FrameBuffers;
 use crate::digest::{self, PlainDigest};
 use crate::kept::{self, KeptBlocks};
 use crate::sent::{SentBlocks, SentWindow};
+
+mod decode;
+mod press;
+
+pub use decode::Decoder;
+pub use press::EncoderPool;
 
 /// What all blocks are compared with.
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
@@ -163,76 +166,6 @@ pub struct KeptBefore<'a> {
     pub again: bool,
     /// Whether differences are worth the time now.
     pub differ: bool,
-}
-
-/// zstd's context and its working memory: megabytes at the higher levels.
-struct Press {
-    level: i32,
-    compressor: Compressor<'static>,
-    packed: Vec<u8>,
-    /// The blocks of a frame, of which some are differences.
-    differences: Vec<u8>,
-}
-
-impl Press {
-    /// `head` and, behind it, `content` compressed; `None` where that is not smaller than `content`.
-    fn pack(&mut self, head: &[u8], content: &[u8]) -> std::io::Result<Option<Bytes>> {
-        self.packed.clear();
-        // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
-        self.packed
-            .reserve(zstd::zstd_safe::compress_bound(content.len()));
-        let len = self
-            .compressor
-            .compress_to_buffer(content, &mut self.packed)?;
-        let packed = self.packed.get(..len).unwrap_or_default();
-        if head.len() + len >= content.len() {
-            return Ok(None);
-        }
-        // A buffer of just its length: what waits in queues is counted by payload.
-        let mut payload = BytesMut::with_capacity(head.len() + len);
-        payload.extend_from_slice(head);
-        payload.extend_from_slice(packed);
-        Ok(Some(payload.freeze()))
-    }
-}
-
-/// What encoders share: as much of it exists as is in use at once, however many there are of them.
-#[derive(Default)]
-pub struct EncoderPool {
-    buffers: FrameBuffers,
-    presses: Mutex<Vec<Press>>,
-}
-
-impl std::fmt::Debug for EncoderPool {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EncoderPool")
-            .field("buffers", &self.buffers)
-            .finish_non_exhaustive()
-    }
-}
-
-impl EncoderPool {
-    /// One that is free, set to `level`.
-    fn press(&self, level: i32) -> std::io::Result<Press> {
-        let free = self.presses().pop();
-        match free {
-            Some(press) if press.level == level => Ok(press),
-            Some(mut press) => {
-                press.compressor.set_compression_level(level)?;
-                Ok(Press { level, ..press })
-            }
-            None => Ok(Press {
-                level,
-                compressor: new_compressor(level)?,
-                packed: Vec::new(),
-                differences: Vec::new(),
-            }),
-        }
-    }
-
-    fn presses(&self) -> MutexGuard<'_, Vec<Press>> {
-        self.presses.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Encodes windows; one per worker.
@@ -534,131 +467,6 @@ fn check_blocks(blocks: &Blocks<'_>, len: usize) -> Result<(), CodecError> {
     })
 }
 
-fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
-    let mut compressor = Compressor::new(level)?;
-    // The frame carries a digest and the length already.
-    compressor.set_parameter(CParameter::ChecksumFlag(false))?;
-    compressor.set_parameter(CParameter::ContentSizeFlag(false))?;
-    Ok(compressor)
-}
-
-/// Decodes payloads; one per worker, since it keeps zstd's context and what that made of the last payload.
-pub struct Decoder {
-    zstd: Option<Decompressor<'static>>,
-    raw: Vec<u8>,
-}
-
-impl std::fmt::Debug for Decoder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Decoder").finish_non_exhaustive()
-    }
-}
-
-impl Default for Decoder {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Decoder {
-    /// A decoder; zstd is set up with the first frame that needs it.
-    #[must_use]
-    pub const fn new() -> Self {
-        Self {
-            zstd: None,
-            raw: Vec::new(),
-        }
-    }
-
-    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked. Not of a frame of differences.
-    ///
-    /// The header has passed [`FrameHeader::check`], so `raw_len` fits the blocks and the cap; exactly that much
-    /// is allocated and produced, whatever the payload says.
-    pub fn decode<'a>(
-        &'a mut self,
-        header: &FrameHeader,
-        payload: &'a [u8],
-    ) -> Result<&'a [u8], CodecError> {
-        check_payload(header, payload)?;
-        let raw = match header.encoding {
-            Encoding::Raw => payload,
-            Encoding::Zstd => self.unpack(header.raw_len, payload)?,
-            Encoding::Difference => return Err(CodecError::Bases(FrameError::Bases)),
-        };
-        check_decoded(header, raw)?;
-        Ok(raw)
-    }
-
-    /// The same of a frame of differences in a region of length `region`: `here` are the bytes that the destination has in the blocks
-    /// that [`Bases::split`] found in the payload, one behind the other.
-    pub fn decode_differences(
-        &mut self,
-        header: &FrameHeader,
-        payload: &[u8],
-        region: RegionLen,
-        here: &[u8],
-    ) -> Result<&[u8], CodecError> {
-        check_payload(header, payload)?;
-        let (bases, packed) = Bases::split(header, payload).map_err(CodecError::Bases)?;
-        if digest::plain(here) != bases.digest {
-            return Err(CodecError::OtherBases);
-        }
-        self.unpack(header.raw_len, packed)?;
-        let data = header.data_blocks();
-        let mut here =
-            places(region, header.window, &bases.blocks).map(|(_, place)| here.get(place));
-        for (_, place) in
-            places(region, header.window, &data).filter(|(block, _)| bases.blocks.contains(*block))
-        {
-            if let Some((content, base)) = self.raw.get_mut(place).zip(here.next().flatten()) {
-                kept::difference(content, base);
-            }
-        }
-        check_decoded(header, &self.raw)?;
-        Ok(&self.raw)
-    }
-
-    /// Makes `raw` of what zstd packed.
-    fn unpack(&mut self, expected: u32, packed: &[u8]) -> Result<&[u8], CodecError> {
-        let wrong = |source| CodecError::Payload { expected, source };
-        let decompressor = match self.zstd.take() {
-            Some(decompressor) => decompressor,
-            None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
-        };
-        let decompressor = self.zstd.insert(decompressor);
-        self.raw.resize(expected as usize, 0);
-        // A payload that holds more fails for want of room: there is no bomb.
-        let made = decompressor.decompress_to_buffer(packed, &mut self.raw[..]);
-        if made.map_err(|error| wrong(Some(error)))? != expected as usize {
-            return Err(wrong(None));
-        }
-        Ok(&self.raw)
-    }
-}
-
-fn check_payload(header: &FrameHeader, payload: &[u8]) -> Result<(), CodecError> {
-    if header.raw_len > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
-        return Err(CodecError::Payload {
-            expected: header.raw_len,
-            source: None,
-        });
-    }
-    Ok(())
-}
-
-fn check_decoded(header: &FrameHeader, raw: &[u8]) -> Result<(), CodecError> {
-    if raw.len() != header.raw_len as usize {
-        return Err(CodecError::Payload {
-            expected: header.raw_len,
-            source: None,
-        });
-    }
-    if digest::plain(raw) != header.digest {
-        return Err(CodecError::Digest);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -666,6 +474,7 @@ mod tests {
 
     use proptest::prelude::*;
     use vmferry_proto::ids::RegionId;
+    use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
 
     const WINDOW: WindowRef = WindowRef {
         region: RegionId(0),

@@ -571,6 +571,7 @@ mod tests {
             assert_eq!(off.next_level(), None);
             assert_eq!(three.next_level(), Some(3));
         }
+        assert!(three.differs() && !off.differs());
         for (text, mode) in [
             ("auto", CompressMode::Auto),
             ("off", CompressMode::Off),
