@@ -160,7 +160,7 @@ impl Model {
                     self.report = None;
                 }
             }
-            What::Quiet | What::Note(_) => {}
+            What::Synced { .. } | What::Quiet | What::Note(_) => {}
         }
         Ok(())
     }

@@ -131,6 +131,11 @@ pub enum What {
         /// What it is now.
         contents: Contents,
     },
+    /// A file of a host's journal, or its folder, was made durable.
+    Synced {
+        /// Whose.
+        host: HostId,
+    },
     /// A hypervisor is gone.
     Ended {
         /// Which.

@@ -148,9 +148,13 @@ fn keep_panics() {
 /// No runtime can be built.
 #[must_use]
 pub fn run(seed: u64, flaw: Option<Flaw>, ground: &Arc<Ground>) -> Outcome {
+    carry_out(Plan::of(seed, flaw), ground)
+}
+
+/// Runs `plan`.
+pub(super) fn carry_out(plan: Plan, ground: &Arc<Ground>) -> Outcome {
     keep_panics();
     WATCHED.with(|watched| *watched.borrow_mut() = true);
-    let plan = Plan::of(seed, flaw);
     let before = plan.run_state;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()

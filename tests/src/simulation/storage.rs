@@ -14,6 +14,7 @@ use std::sync::Arc;
 use vmferry_common::storage::{Held, Locked, NewFile, Patience, Storage, Words};
 
 use super::dice::Dice;
+use super::facts::What;
 use super::plan::Class;
 use super::words::{NodeWords, WordFile};
 use super::world::{Node, State, Stop};
@@ -140,6 +141,16 @@ impl NodeDisk {
         }
     }
 
+    /// One step that makes something durable.
+    fn sync(&self, what: impl FnOnce(&mut Disk) -> io::Result<()>) -> io::Result<()> {
+        self.step(what)?;
+        if self.folder == Folder::State {
+            let host = self.node.host;
+            self.node.world.state().tell(What::Synced { host });
+        }
+        Ok(())
+    }
+
     /// One step. A dead agent is answered with an error, which nothing comes of.
     fn step<T>(&self, what: impl FnOnce(&mut Disk) -> io::Result<T>) -> io::Result<T> {
         let mut state = self.node.world.state();
@@ -209,7 +220,7 @@ impl Storage for NodeDisk {
     }
 
     fn sync_folder(&self, _folder: &Path) -> io::Result<()> {
-        self.step(|disk| {
+        self.sync(|disk| {
             if !disk.lies {
                 disk.unsynced.clear();
                 disk.platter = disk.folder.clone();
@@ -305,7 +316,7 @@ impl Write for OpenFile {
 
 impl NewFile for OpenFile {
     fn sync(&mut self) -> io::Result<()> {
-        self.disk.step(|disk| {
+        self.disk.sync(|disk| {
             if !disk.lies {
                 let inode = disk.inodes.get_mut(self.inode).ok_or_else(missing)?;
                 inode.platter = Some(inode.cached.clone());

@@ -49,6 +49,7 @@ pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
             | What::Submitted { .. }
             | What::Wrote { .. }
             | What::Loaded { .. }
+            | What::Synced { .. }
             | What::Ended { .. }
             | What::Quiet
             | What::AgentStarted { .. }

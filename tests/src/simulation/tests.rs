@@ -19,10 +19,12 @@ use super::check::{Broken, Rule, check};
 use super::facts::{Birth, HostId, VmId, What};
 use super::guest::{VmState, empty};
 use super::plan::{Class, Plan, Strike, Trap};
-use super::run::{GUEST, STATE};
+use super::run::{GUEST, Ground, STATE, carry_out};
 use super::storage::NodeDisk;
 use super::world::{Node, World};
 
+/// The guest where it is at first.
+const ORIGINAL: VmId = VmId(0);
 const KEY: AttemptKey = AttemptKey {
     migration: MigrationId::from_bytes([1; 16]),
     attempt: Attempt(1),
@@ -195,4 +197,35 @@ async fn a_name_whose_locking_failed_is_free() {
     assert!(matches!(lock().unwrap(), Locked::HeldBy(_)));
     drop(held);
     assert!(matches!(lock().unwrap(), Locked::Taken(_)));
+}
+
+/// Two: a record's file and its folder (`[HAND-3]`). The guest stands still meanwhile.
+const MOST_SYNCS: usize = 2;
+
+#[test]
+fn the_journals_sync_one_record_a_side_between_pause_and_run() {
+    let ground = Arc::new(Ground::new().unwrap());
+    let mut moved = 0;
+    for seed in 1..=40 {
+        let mut plan = Plan::of(seed, None);
+        plan.traps.clear();
+        plan.acts.clear();
+        let outcome = carry_out(plan, &ground);
+        outcome.verdict.unwrap();
+        let whats: Vec<_> = outcome.facts.iter().map(|fact| &fact.what).collect();
+        let runs = |what: &&What| matches!(what, What::Ran { vm, .. } if *vm != ORIGINAL);
+        let Some(run) = whats.iter().position(runs) else {
+            continue;
+        };
+        let stands = |what: &&What| matches!(what, What::Stood { vm, .. } if *vm == ORIGINAL);
+        let pause = whats[..run].iter().rposition(stands).unwrap();
+        for side in [HostId::Alpha, HostId::Beta] {
+            let syncs = whats[pause..run]
+                .iter()
+                .filter(|what| matches!(what, What::Synced { host } if *host == side));
+            assert_eq!(syncs.count(), MOST_SYNCS, "seed {seed}, {side:?}");
+        }
+        moved += 1;
+    }
+    assert!(moved > 20, "{moved} runs moved the guest");
 }
