@@ -31,6 +31,8 @@ use vmferry_proto::ledger::FrameJob;
 /// Frames waiting at a lane. Enough that a lane never idles while the engine looks at its neighbours;
 /// they are descriptions only, the data is read when their turn comes.
 const QUEUE: usize = 8;
+/// A lane asks for more when it has so few left, the one just done included.
+const REFILL: usize = QUEUE / 2;
 
 /// Why a lane stopped.
 #[derive(Debug, thiserror::Error)]
@@ -272,7 +274,7 @@ impl Lanes {
             .any(|lane| lane.pending.load(Ordering::Acquire) > 0)
     }
 
-    /// Notified after a lane has finished a frame.
+    /// Notified after a lane has finished a frame and has few left or none.
     #[must_use]
     pub fn moved(&self) -> Arc<Notify> {
         self.moved.clone()
@@ -334,8 +336,10 @@ impl Worker {
                 });
                 return;
             }
-            self.pending.fetch_sub(1, Ordering::AcqRel);
-            self.moved.notify_one();
+            // The engine is woken once for several frames: waking it costs as much as it does then.
+            if self.pending.fetch_sub(1, Ordering::AcqRel) <= REFILL {
+                self.moved.notify_one();
+            }
         }
     }
 

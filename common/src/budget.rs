@@ -33,6 +33,14 @@ struct Held {
     sent: u64,
 }
 
+/// The answer to one who wants room.
+enum Admission {
+    /// Counted; whether a whole frame fits besides.
+    Granted { more: bool },
+    /// No room; whether most of what is held waits for the link.
+    Full { of_link: bool },
+}
+
 /// Room for a frame that is being read and encoded. Dropping it gives the room back.
 #[derive(Debug)]
 pub struct Reserved {
@@ -71,19 +79,24 @@ impl SendBudget {
         let most = self.least.max(window.saturating_mul(WINDOWS));
         let mut waiting: Option<(Instant, bool)> = None;
         loop {
-            let (admitted, link) = self.admit(bytes, most);
-            if admitted {
-                break;
+            match self.admit(bytes, most) {
+                Admission::Granted { more } => {
+                    // The next in the queue fits too. Where it may not, it is left asleep: what is held wakes it when it is let go.
+                    if more {
+                        self.freed.notify_one();
+                    }
+                    break;
+                }
+                Admission::Full { of_link } => {
+                    let _ = waiting.get_or_insert_with(|| (Instant::now(), of_link));
+                    self.freed.notified().await;
+                }
             }
-            let _ = waiting.get_or_insert_with(|| (Instant::now(), link));
-            self.freed.notified().await;
         }
         let waited = match waiting {
             Some((began, true)) => began.elapsed(),
             Some((_, false)) | None => Duration::ZERO,
         };
-        // The next in the queue may fit too.
-        self.freed.notify_one();
         let room = Reserved {
             budget: self.clone(),
             bytes,
@@ -92,15 +105,17 @@ impl SendBudget {
         (room, waited)
     }
 
-    /// Counts `bytes` if they fit, and whether most of what is held waits for the link.
-    fn admit(&self, bytes: u64, most: u64) -> (bool, bool) {
+    /// Counts `bytes` if they fit.
+    fn admit(&self, bytes: u64, most: u64) -> Admission {
         let mut held = self.held();
         let all = held.preparing + held.sent;
-        let admitted = bytes == 0 || all == 0 || all + bytes <= most;
-        if admitted {
-            held.preparing += bytes;
+        if bytes > 0 && all > 0 && all + bytes > most {
+            let of_link = held.sent > held.preparing;
+            return Admission::Full { of_link };
         }
-        (admitted, held.sent > held.preparing)
+        held.preparing += bytes;
+        let more = all + bytes + u64::from(MAX_FRAME_PAYLOAD) <= most;
+        Admission::Granted { more }
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
