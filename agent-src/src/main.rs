@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Keeps the buffers of packets at hand; the system's allocator gives them back to the kernel all the time.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     vmferry_src::command::main(std::env::args_os())
 }
