@@ -1,12 +1,13 @@
 //! One lane of the session: its frames that are not settled yet, and the windows it still has to send.
 //!
 //! Invariants: frames stand in order of their sequence numbers; a window's bit in [`Work`] is set exactly while the
-//! window has dirty blocks that are not held back. Window `w` is bit `w / lanes` of its lane's set, so a lane with little to do finds it
-//! by whole words, also on a disk of 64 TiB.
+//! window has dirty blocks that are not held back. Bits stand in the order of the windows' turns ([`Turns`]), so a lane with little to do
+//! finds it by whole words, also on a disk of 64 TiB.
 
 use std::collections::VecDeque;
 
 use super::marks::RegionMarks;
+use super::turns::Turns;
 use super::{Amount, Floor, Frames, LedgerError};
 use crate::geometry::{WINDOW_BLOCKS, WindowBits, WindowIndex, WindowRef};
 use crate::ids::{FrameSeq, Lane, RegionId};
@@ -67,9 +68,9 @@ pub(super) struct LaneState {
 }
 
 impl LaneState {
-    pub(super) fn new(regions: &[RegionMarks], lanes: u8) -> Self {
+    pub(super) fn new(regions: &[RegionMarks], lane: Lane, lanes: u8) -> Self {
         Self {
-            work: Work::new(regions, lanes),
+            work: Work::new(regions, lane, lanes),
             sent: FrameSeq(0),
             applied: FrameSeq(0),
             flushed: FrameSeq(0),
@@ -203,20 +204,26 @@ pub(super) struct Work {
 
 #[derive(Debug)]
 struct RegionWork {
+    turns: Turns,
+    /// One bit for each turn.
     words: Vec<u64>,
-    /// Slots below it have had their turn in this region.
-    slot: usize,
-    /// Blocks below it have had their turn in the window of `slot`.
+    /// Whose turn it is; what has a lower one has had it.
+    turn: usize,
+    /// Blocks below it have been taken in this turn.
     block: u32,
 }
 
 impl Work {
-    pub(super) fn new(regions: &[RegionMarks], lanes: u8) -> Self {
+    pub(super) fn new(regions: &[RegionMarks], lane: Lane, lanes: u8) -> Self {
         let region = |marks: &RegionMarks| {
             let slots = marks.len().windows().div_ceil(u32::from(lanes));
             RegionWork {
+                turns: match marks.kind() {
+                    RegionKind::Memory => Turns::spread(slots, lane, lanes),
+                    RegionKind::Disk => Turns::ascending(slots),
+                },
                 words: vec![0; slots.div_ceil(64) as usize],
-                slot: 0,
+                turn: 0,
                 block: 0,
             }
         };
@@ -238,7 +245,8 @@ impl Work {
     fn word(&mut self, at: WindowRef, lanes: u8) -> Option<(&mut u64, u64)> {
         let slot = at.window.0 / u32::from(lanes);
         let region = self.regions.get_mut(usize::from(at.region.0))?;
-        Some((region.words.get_mut(slot as usize / 64)?, 1 << (slot % 64)))
+        let turn = region.turns.turn(slot)?;
+        Some((region.words.get_mut(turn / 64)?, 1 << (turn % 64)))
     }
 
     /// The next window, and the blocks of it that come next, for lane `lane` of `lanes`: the rest of the current region,
@@ -278,31 +286,31 @@ impl RegionWork {
         &mut self,
         window: impl Fn(u32) -> (WindowRef, WindowBits),
     ) -> Option<(WindowRef, WindowBits)> {
-        while let Some(slot) = self.find_slot() {
-            if slot != self.slot {
-                self.slot = slot;
+        while let Some(turn) = self.find_turn() {
+            if turn != self.turn {
+                self.turn = turn;
                 self.block = 0;
             }
-            let (at, dirty) = window(u32::try_from(slot).ok()?);
+            let (at, dirty) = window(self.turns.slot(turn)?);
             let left = dirty.and(&WindowBits::span(self.block, WINDOW_BLOCKS));
             let blocks = left.lowest(MAX_FRAME_BLOCKS);
             if let Some(last) = blocks.last() {
                 self.block = last + 1;
                 return Some((at, blocks));
             }
-            self.slot = slot + 1;
+            self.turn = turn + 1;
             self.block = 0;
         }
-        self.slot = 0;
+        self.turn = 0;
         self.block = 0;
         None
     }
 
-    fn find_slot(&self) -> Option<usize> {
-        let first = self.slot / 64;
+    fn find_turn(&self) -> Option<usize> {
+        let first = self.turn / 64;
         let rest = self.words.get(first..)?;
         rest.iter().zip(first..).find_map(|(word, index)| {
-            let below = if index == first { self.slot % 64 } else { 0 };
+            let below = if index == first { self.turn % 64 } else { 0 };
             let left = word & (u64::MAX << below);
             (left != 0).then(|| index * 64 + left.trailing_zeros() as usize)
         })

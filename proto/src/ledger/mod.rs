@@ -25,6 +25,7 @@ mod marks;
 mod restore;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod types;
 
 use std::collections::BTreeSet;
@@ -237,7 +238,8 @@ impl Ledger {
     /// Takes the next frame of `lane`, of regions of `kind` if one is given: up to [`limits::MAX_FRAME_BLOCKS`] dirty
     /// blocks of one window that are not held back. `None` if the lane has nothing to send or no session is open.
     ///
-    /// A lane goes round its windows in ascending order, so each gets its turn however fast another one is dirtied.
+    /// A lane goes round its windows, those of disks in ascending order and those of memory spread over it, so each gets its turn
+    /// however fast another one is dirtied.
     pub fn next_frame(&mut self, lane: Lane, kind: Option<RegionKind>) -> Option<FrameJob> {
         let Session::Open(_) = self.session else {
             return None;
@@ -417,7 +419,7 @@ impl Ledger {
         }
         let flights: Vec<Flight> = self.lanes.iter_mut().flat_map(LaneState::drain).collect();
         self.lanes = (0..lanes)
-            .map(|_| LaneState::new(&self.regions, lanes))
+            .map(|lane| LaneState::new(&self.regions, Lane(lane), lanes))
             .collect();
         self.session = Session::Open(session);
         self.note_all_work();

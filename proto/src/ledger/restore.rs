@@ -157,5 +157,9 @@ fn lane_left(
         RegionKind::Disk => flight.seq > image.flushed,
     };
     let unsettled = flights.into_iter().filter(needed);
-    Ok(LaneState::left(Work::new(marks, count), numbers, unsettled))
+    Ok(LaneState::left(
+        Work::new(marks, lane, count),
+        numbers,
+        unsettled,
+    ))
 }
