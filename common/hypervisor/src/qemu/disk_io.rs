@@ -136,6 +136,8 @@ fn blocks_of(run: &Run, len: RegionLen) -> impl Iterator<Item = (WindowIndex, Wi
         let base = window.offset();
         let from = offset.max(base) - base;
         let to = end.min(base + u64::from(WINDOW_SIZE)).checked_sub(base)?;
+        // A run of no bytes, or one behind the end, touches no block.
+        (from < to).then_some(())?;
         let block = u64::from(BLOCK_SIZE);
         let from = u32::try_from(from / block).ok()?;
         let to = u32::try_from(to.div_ceil(block)).ok()?;
@@ -240,6 +242,12 @@ mod tests {
             let mut found = RegionBits::empty(len);
             blocks_of(&run, len).for_each(|(window, bits)| found.insert(window, &bits));
             prop_assert_eq!(found, naive);
+        }
+
+        #[test]
+        fn an_empty_run_touches_no_block(from in 0u64..9_000_000) {
+            let run = Run { offset: from, len: 0 };
+            prop_assert_eq!(blocks_of(&run, RegionLen(5_038_081)).count(), 0);
         }
 
         #[test]
