@@ -324,6 +324,17 @@ async fn a_forgotten_copy_gives_way_to_the_next_migration_of_its_source() {
 }
 
 #[tokio::test]
+async fn a_copy_gives_way_to_the_next_migration_of_its_source_before_the_loss_of_the_session_is_noticed()
+ {
+    let site = Site::new();
+    let mut client = Client::ready(&site, 1).await;
+    let mut other = Client::greet(&site, "gamma", hello(2)).await;
+    other.expect_error(ErrorCode::GuestBusy).await;
+    site.still_serves_with(3).await;
+    client.expect_error(ErrorCode::Cancelled).await;
+}
+
+#[tokio::test]
 async fn a_hook_that_refuses_keeps_the_guest_out() {
     let site = Site::new();
     site.write_hook("negotiate", "echo no guests today; exit 1");

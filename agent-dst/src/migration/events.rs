@@ -72,8 +72,8 @@ impl Migration {
         }
     }
 
-    /// Deals with a session that wants in, or gives it back and goes away. A copy that lost its source gives way to that
-    /// source's next migration: a source that forgot the old one cannot cancel it.
+    /// Deals with a session that wants in, or gives it back and goes away. A copy gives way to its source's next migration: who
+    /// begins one there holds the guest's name, so the old one is over, also where this side has not noticed it yet.
     async fn take_opening(&mut self, opening: Box<Opening>) -> Option<Box<Opening>> {
         let record = self.handover.record();
         let wanted = opening.hello.migration;
@@ -86,7 +86,7 @@ impl Migration {
             return Some(opening);
         }
         let same_sender = opening.peer.as_str() == record.sender;
-        if self.session.is_some() || self.handover.is_owned() || !same_sender {
+        if self.handover.is_owned() || !same_sender {
             opening.refuse(&WireError::new(
                 ErrorCode::GuestBusy,
                 format!(
