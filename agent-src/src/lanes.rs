@@ -186,8 +186,8 @@ pub struct LaneJob {
 pub enum Again {
     /// They were written since the migration began.
     Likely,
-    /// Nothing is known of them.
-    Unknown,
+    /// Nothing is known of them, or the guest stands still.
+    Unlikely,
 }
 
 /// A lane failed: told to the engine once.
