@@ -1,6 +1,7 @@
 //! One task per lane: frames from the wire into the guest, strictly one after the other.
 //!
-//! Owns reading, checking, decoding and writing of frames, differences to what the guest has among them. Does not own positions (`board`) nor coverage. Invariant:
+//! Owns reading, checking, decoding and writing of frames, differences to what the guest has among them. Does not own positions
+//! (`board`) nor coverage. Invariant:
 //! nothing is written for a frame whose header, payload and digest have not all been checked, and a frame is either
 //! written whole or, if its lane is stopped, not begun. A lane holds one frame at a time, so memory is bounded by the
 //! number of lanes.
@@ -88,24 +89,18 @@ impl LaneFailed {
     pub(crate) fn event(&self) -> Option<SessionEvent> {
         match &self.error {
             ApplyError::Receive(error) => error.to_wire().map(SessionEvent::Violation),
-            ApplyError::Payload {
-                source: CodecError::OtherBases,
-                ..
-            } => Some(SessionEvent::GivenUp(WireError::new(
-                ErrorCode::LinkLost,
-                format!("lane {}: {}", self.lane, chain(&self.error)),
-            ))),
-            ApplyError::Payload { .. } => Some(SessionEvent::Violation(WireError::new(
-                ErrorCode::BadFrame,
-                format!("lane {}: {}", self.lane, chain(&self.error)),
-            ))),
-            ApplyError::Read { region, source } => {
-                let doing = format!("region {region} cannot be read");
-                Some(SessionEvent::WriteFailed(guest_to_wire(source, &doing)))
+            ApplyError::Payload { source, .. } => {
+                let detail = format!("lane {}: {}", self.lane, chain(&self.error));
+                Some(match source {
+                    CodecError::OtherBases => {
+                        SessionEvent::GivenUp(WireError::new(ErrorCode::LinkLost, detail))
+                    }
+                    _ => SessionEvent::Violation(WireError::new(ErrorCode::BadFrame, detail)),
+                })
             }
-            ApplyError::Write { region, source } => {
-                let doing = format!("region {region} cannot be written");
-                Some(SessionEvent::WriteFailed(guest_to_wire(source, &doing)))
+            ApplyError::Read { source, .. } | ApplyError::Write { source, .. } => {
+                let doing = self.error.to_string();
+                Some(SessionEvent::GuestFailed(guest_to_wire(source, &doing)))
             }
         }
     }

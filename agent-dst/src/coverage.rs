@@ -115,9 +115,14 @@ impl Coverage {
 }
 
 impl Received {
-    fn is_whole(&self, window: WindowIndex) -> bool {
+    /// Blocks of a window that were never received.
+    fn missing(&self, window: WindowIndex) -> WindowBits {
         let all = self.bits.region_len().all_of(window);
-        !all.is_empty() && all.minus(&self.bits.get(window)).is_empty()
+        all.minus(&self.bits.get(window))
+    }
+
+    fn is_whole(&self, window: WindowIndex) -> bool {
+        window.0 < self.bits.windows() && self.missing(window).is_empty()
     }
 
     fn check(&self) -> Result<(), Incomplete> {
@@ -125,8 +130,7 @@ impl Received {
         let gap = (0..self.bits.windows())
             .map(WindowIndex)
             .find_map(|window| {
-                let missing = len.all_of(window).minus(&self.bits.get(window));
-                let first = missing.iter().next();
+                let first = self.missing(window).iter().next();
                 first.map(|block| (window, block))
             });
         match gap {

@@ -173,8 +173,8 @@ pub(crate) enum SessionEvent {
     DeviceState(IncomingStream),
     /// The peer broke the protocol.
     Violation(WireError),
-    /// The guest cannot be written: this side's trouble.
-    WriteFailed(WireError),
+    /// The guest cannot be read, written or flushed: this side's trouble.
+    GuestFailed(WireError),
     /// Nobody is to blame, and only a new session goes on.
     GivenUp(WireError),
     /// The connection is gone.
@@ -366,7 +366,7 @@ impl Session {
                     Some(event) => return event,
                     None => continue,
                 },
-                error = flush_failure(&mut self.flow) => return SessionEvent::WriteFailed(error),
+                error = flush_failure(&mut self.flow) => return SessionEvent::GuestFailed(error),
                 Some(arrival) = self.arrivals.1.recv() => arrival,
             };
             if let Some(event) = self.on_arrival(arrival) {

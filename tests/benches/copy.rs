@@ -27,13 +27,8 @@ fn main() -> ExitCode {
 
 fn idle(name: &str, content: &'static str) -> SimSpec {
     SimSpec {
-        ram: 1 << 30,
-        disk: 0,
-        dirty_rate: 0,
-        working_set: 1 << 20,
-        disk_rate: 0,
         content,
-        ..SimSpec::small(name)
+        ..SimSpec::still(name, 1 << 30)
     }
 }
 

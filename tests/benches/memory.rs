@@ -51,13 +51,8 @@ impl Case {
 fn run(case: Case) -> anyhow::Result<()> {
     let mut pair = Pair::new(env!("CARGO_BIN_EXE_vmferry-demo"))?;
     let guest = pair.guest(&SimSpec {
-        ram: RAM,
         fill: 4,
-        disk: 0,
-        dirty_rate: 0,
-        disk_rate: 0,
-        content: "random",
-        ..SimSpec::small("large")
+        ..SimSpec::still("large", RAM)
     })?;
     let mut options = vec!["--compress", "off", "--max-downtime", "5s"];
     if let Case::LimitedBandwidth = case {

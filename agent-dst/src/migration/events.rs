@@ -139,7 +139,7 @@ impl Migration {
                 }
             }
             SessionEvent::Violation(error) => self.on_violation(error).await,
-            SessionEvent::WriteFailed(error) => self.give_up(error).await,
+            SessionEvent::GuestFailed(error) => self.give_up(error).await,
             SessionEvent::GivenUp(error) => {
                 tracing::warn!(guest = %self.config.name, "session given up: {}", error.detail);
                 self.end_session(Some(&error)).await;

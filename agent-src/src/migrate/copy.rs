@@ -271,9 +271,10 @@ impl Migration {
         } = self;
         // What is sent after the first round was written since the migration began. Of a paused guest nothing is written any
         // more, and the first block that is kept takes a lane's whole cache from the system.
-        let again = match stats.rounds.is_empty() || *phase == Phase::Final {
-            true => Again::Unlikely,
-            false => Again::Likely,
+        let again = if stats.rounds.is_empty() || *phase == Phase::Final {
+            Again::Unlikely
+        } else {
+            Again::Likely
         };
         let lanes = session.as_ref().and_then(Session::lanes).ok_or(NoSession)?;
         for (index, lane) in (0u8..).map(Lane).zip(lanes.handles()) {

@@ -14,7 +14,7 @@ use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::link::calibrate::{Flow, calibrate};
 use vmferry_tests::link::{Link, LinkSpec, MTU};
 
-use super::trace::Trace;
+use super::trace::{SHORTEST, Trace};
 use super::{Args, PROGRAMS};
 
 const RUNS: u32 = 1;
@@ -22,8 +22,6 @@ const RUNS: u32 = 1;
 const HEADERS: f64 = 66.0;
 /// Cubic on a lossy line would take hours.
 const RUN_LIMIT: Duration = Duration::from_secs(40);
-/// Round trips below it are too short to be counted on a busy machine.
-const SHORTEST: Duration = Duration::from_millis(10);
 const MIB: u64 = 1 << 20;
 const GIB: f64 = 1_073_741_824.0;
 const FLOW: Flow = Flow {
@@ -125,14 +123,7 @@ struct Run {
 fn one(case: &Case, controller: Option<&str>) -> Result<Option<Run>> {
     let link = Link::new(case.spec)?;
     let mut pair = Pair::on_link(PROGRAMS, &link)?;
-    let guest = pair.guest(&SimSpec {
-        ram: case.ram,
-        disk: 0,
-        dirty_rate: 0,
-        disk_rate: 0,
-        content: "random",
-        ..SimSpec::small("full")
-    })?;
+    let guest = pair.guest(&SimSpec::still("full", case.ram))?;
     let mut options = vec!["--compress", "off"];
     if let Some(controller) = controller {
         options.extend(["--congestion", controller]);

@@ -9,7 +9,7 @@ use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::link::{Link, LinkSpec};
 
 use super::trace::Trace;
-use super::{Args, PROGRAMS};
+use super::{Args, PROGRAMS, interrupt};
 
 const RATE: u64 = 1_000_000_000;
 /// Given first, and from the change on, in Mbit/s.
@@ -51,17 +51,12 @@ fn one(spec: LinkSpec) -> Result<[Vec<f64>; 2]> {
     let link = Link::new(spec)?;
     let mut pair = Pair::on_link(PROGRAMS, &link)?;
     let guest = pair.guest(&SimSpec {
-        ram: 256 << 20,
-        disk: 0,
-        dirty_rate: 0,
-        disk_rate: 0,
         fill: 100,
-        content: "random",
-        ..SimSpec::small("limited")
+        ..SimSpec::still("limited", 256 << 20)
     })?;
     let [first, later] = LIMITS.map(|mbit| format!("{mbit}Mbit"));
     let options = ["--compress", "off", "--max-bandwidth", &first];
-    let mut source = pair
+    let source = pair
         .alpha
         .start_migrate_to(guest.name(), &pair.agent.to(), &options)?;
     let began = Instant::now();
@@ -77,9 +72,7 @@ fn one(spec: LinkSpec) -> Result<[Vec<f64>; 2]> {
         }
         Ok(began.elapsed() >= WATCHED)
     })?;
-    ensure!(!source.has_ended()?, "the copy was done too early");
-    source.signal(rustix::process::Signal::INT)?;
-    source.wait(END)?;
+    interrupt(source)?;
     let trace = trace.context("watched for too long")?;
     let changed = changed.context("never changed")?;
     Ok([

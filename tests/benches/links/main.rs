@@ -19,13 +19,19 @@ mod trace;
 
 use std::fmt;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
 use vmferry_tests::bench;
+use vmferry_tests::harness::Running;
 use vmferry_tests::link::Link;
 
 /// The executable that plays agents and embedded guests.
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
+
+/// A source that is told to stop does so within this time.
+const INTERRUPTED: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Parser)]
 #[command(about = "vmferry on emulated links")]
@@ -83,6 +89,14 @@ impl fmt::Display for Table {
             Self::Limit => "--max-bandwidth over any second",
         })
     }
+}
+
+/// Ends a copy that was only to be watched, and is still under way.
+fn interrupt(mut source: Running) -> Result<()> {
+    ensure!(!source.has_ended()?, "the copy was done too early");
+    source.signal(rustix::process::Signal::INT)?;
+    source.wait(INTERRUPTED)?;
+    Ok(())
 }
 
 fn main() -> ExitCode {

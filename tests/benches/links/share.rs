@@ -12,7 +12,7 @@ use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::link::calibrate::{self, Flow};
 use vmferry_tests::link::{Link, LinkSpec};
 
-use super::{Args, PROGRAMS};
+use super::{Args, PROGRAMS, interrupt};
 
 const RATE: u64 = 100_000_000;
 const RUNS: u32 = 1;
@@ -22,7 +22,6 @@ const SETTLE: Duration = Duration::from_secs(10);
 const COUNTED: Duration = Duration::from_secs(10);
 /// The first has the line for itself for so long.
 const HEAD_START: Duration = Duration::from_secs(2);
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// Takes the table.
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -62,13 +61,8 @@ fn one(spec: LinkSpec, copy_first: bool) -> Result<(f64, f64)> {
     let link = Link::new(spec)?;
     let mut pair = Pair::on_link(PROGRAMS, &link)?;
     let guest = pair.guest(&SimSpec {
-        ram: 512 << 20,
-        disk: 0,
-        dirty_rate: 0,
-        disk_rate: 0,
         fill: 100,
-        content: "random",
-        ..SimSpec::small("large")
+        ..SimSpec::still("large", 512 << 20)
     })?;
     let start = || {
         let to = pair.agent.to();
@@ -103,11 +97,7 @@ fn one(spec: LinkSpec, copy_first: bool) -> Result<(f64, f64)> {
         let tcp = tcp.join().map_err(|_| anyhow::anyhow!("the TCP flow"))??;
         anyhow::Ok((tcp, carried))
     })?;
-    if let Some(mut source) = source {
-        anyhow::ensure!(!source.has_ended()?, "the copy was done too early");
-        source.signal(rustix::process::Signal::INT)?;
-        source.wait(LIMIT)?;
-    }
+    source.map_or(Ok(()), interrupt)?;
     let line = spec.rate as f64;
     Ok(((carried - tcp) / line, tcp / line))
 }

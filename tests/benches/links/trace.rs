@@ -10,7 +10,7 @@ const LOOK: Duration = Duration::from_millis(1);
 /// The handshake is over when so much is on the line.
 const HANDSHAKE: u64 = 20_000;
 /// Shortest stretch over which a rate says something on a busy machine.
-const SHORTEST: Duration = Duration::from_millis(10);
+pub(super) const SHORTEST: Duration = Duration::from_millis(10);
 
 /// Bytes that were on the line, looked at again and again.
 pub(super) struct Trace {

@@ -75,6 +75,19 @@ impl SimSpec {
         }
     }
 
+    /// One that writes nothing and has no disk; its RAM of `ram` bytes, where it is not zero, is random.
+    #[must_use]
+    pub fn still(name: &str, ram: u64) -> Self {
+        Self {
+            ram,
+            disk: 0,
+            dirty_rate: 0,
+            disk_rate: 0,
+            content: "random",
+            ..Self::small(name)
+        }
+    }
+
     fn args(&self, host: &Host, beats: &Path) -> Vec<String> {
         let mut args: Vec<String> = vec!["run".into(), "--name".into(), self.name.clone()];
         let mut set = |flag: &str, value: String| args.extend([flag.to_owned(), value]);
