@@ -92,9 +92,11 @@ pub async fn take_over(
     };
     let (taken_over, about) = match taken {
         Ok(ledger) => {
-            let left = Size(ledger.dirty(None).all.bytes);
+            // What was under way may have arrived: the destination says so later.
+            let under_way = ledger.in_flight().amount.bytes + ledger.unflushed().amount.bytes;
+            let left = Size(ledger.dirty(None).all.bytes + under_way);
             let text = format!(
-                "an agent before this one was killed in the copy: going on with what it left, {left} to send"
+                "an agent before this one was killed in the copy: going on with what it left, at most {left} to send"
             );
             (Some(ledger), text)
         }

@@ -68,7 +68,11 @@ pub fn run_if_asked() -> Option<ExitCode> {
 /// Becomes the same program once more: an allocator is set before `main`. Returns only where that fails.
 fn again_with_small_pages() -> ExitCode {
     let mut again = Command::new("/proc/self/exe");
-    again.args(std::env::args_os().skip(1));
+    let mut args = std::env::args_os();
+    if let Some(name) = args.next() {
+        again.arg0(name);
+    }
+    again.args(args);
     let error = again.env(SMALL_PAGES.0, SMALL_PAGES.1).exec();
     eprintln!("vmferry-simguest cannot be started again: {error}");
     ExitCode::FAILURE
