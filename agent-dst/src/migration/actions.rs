@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 
 use tokio::time::Instant;
 use vmferry_common::phase::{Ending, Phase};
+use vmferry_hypervisor::GuestLife;
 use vmferry_hypervisor::open::TargetOptions;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::handover::{
@@ -242,15 +243,7 @@ impl Migration {
                 self.drop_receipt();
             }
             DestinationReport::StartUncertain { attempt, reason } => {
-                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
-                self.tracker.failed(reason.to_string());
-                if self.copy.is_some() {
-                    self.retry_later();
-                } else {
-                    // An agent before this one held the copy, and it could not be taken in hand: only its own monitor can say more.
-                    tracing::error!(%guest, "if the guest's hypervisor is there still, look at it: where it stands paused, let it go on by hand");
-                    self.settle();
-                }
+                self.start_uncertain(attempt, &reason)
             }
             DestinationReport::DiscardFailed { reason } => {
                 tracing::error!(%guest, "{reason}");
@@ -258,6 +251,29 @@ impl Migration {
             }
             DestinationReport::TooLateToGiveUp => {
                 tracing::info!(%guest, "this host owns the guest: the migration cannot be ended any more");
+            }
+        }
+    }
+
+    /// `[HAND-6]`: the guest is this host's, and its start failed behind the point of no return.
+    fn start_uncertain(&mut self, attempt: Attempt, reason: &WireError) {
+        let guest = &self.config.name;
+        self.tracker.failed(reason.to_string());
+        let life = self.copy.as_ref().map(|copy| copy.life.borrow().clone());
+        match life {
+            Some(GuestLife::Alive) => {
+                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
+                self.retry_later();
+            }
+            Some(GuestLife::Gone(how) | GuestLife::ShutDown(how)) => {
+                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, whose hypervisor ended before its start was answered: {how}. It is an ordinary crash of that guest, whose images are here and flushed: boot it from them");
+                self.settle();
+            }
+            // An agent before this one held the copy, and it could not be taken in hand: only its own monitor can say more.
+            None => {
+                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
+                tracing::error!(%guest, "if the guest's hypervisor is there still, look at it: where it stands paused, let it go on by hand");
+                self.settle();
             }
         }
     }

@@ -7,7 +7,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 /// A process that runs; killed when dropped.
 #[derive(Debug)]
@@ -212,12 +213,20 @@ pub fn with_words(words: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Ends a process at once; it may be gone already.
+/// Ends a process at once and waits until it has ended, so that its sockets are closed; it may be gone already.
 pub fn kill(pid: u32) {
-    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-        // It may be gone already.
-        let _ = kill_process(pid, Signal::KILL);
-    }
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let Some(Ok(process)) = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())) else {
+        return;
+    };
+    let _ = pidfd_send_signal(&process, Signal::KILL);
+    // Readable once it has ended, whoever its parent is.
+    let mut fds = [PollFd::new(&process, PollFlags::IN)];
+    let limit = Timespec {
+        tv_sec: 10,
+        tv_nsec: 0,
+    };
+    let _ = poll(&mut fds, Some(&limit));
 }
 
 /// What the descriptors of a process point at, sorted; those of short life (connections to its socket) aside.

@@ -64,12 +64,8 @@ impl Client {
         command: &str,
         arguments: Option<Value>,
     ) -> Result<T, GuestError> {
-        let value = tokio::time::timeout(ANSWER_LIMIT, self.execute(command, arguments))
-            .await
-            .map_err(|_| GuestError::TimedOut {
-                command: command.to_owned(),
-                seconds: ANSWER_LIMIT.as_secs(),
-            })??;
+        self.send(command, arguments).await?;
+        let value = self.answer(command).await?;
         serde_json::from_value(value).map_err(|error| GuestError::Refused {
             command: command.to_owned(),
             answer: format!("the answer is not understood: {error}"),
@@ -85,11 +81,12 @@ impl Client {
         self.ask::<Value>(command, arguments).await.map(drop)
     }
 
-    async fn execute(
+    /// Sends `command`. After an error the guest did not get it: its last byte, the end of the line, was not sent.
+    pub(super) async fn send(
         &mut self,
         command: &str,
         arguments: Option<Value>,
-    ) -> Result<Value, GuestError> {
+    ) -> Result<(), GuestError> {
         self.id += 1;
         let mut request = json!({ "execute": command, "id": self.id });
         if let Some(arguments) = arguments {
@@ -97,8 +94,16 @@ impl Client {
         }
         let mut line = request.to_string().into_bytes();
         line.push(b'\n');
-        let sent = self.stream.get_mut().write_all(&line).await;
-        sent.map_err(|source| self.broken(source))?;
+        let sent = in_time(command, self.stream.get_mut().write_all(&line)).await?;
+        sent.map_err(|source| self.broken(source))
+    }
+
+    /// The answer to the command that was sent last.
+    pub(super) async fn answer(&mut self, command: &str) -> Result<Value, GuestError> {
+        in_time(command, self.read_answer(command)).await?
+    }
+
+    async fn read_answer(&mut self, command: &str) -> Result<Value, GuestError> {
         loop {
             let mut answer = self.next_line().await?;
             if answer.get("id").and_then(Value::as_u64) != Some(self.id) {
@@ -150,6 +155,15 @@ impl Client {
             source,
         }
     }
+}
+
+/// What `doing` gives, unless the guest takes too long over `command`.
+async fn in_time<T>(command: &str, doing: impl Future<Output = T>) -> Result<T, GuestError> {
+    let done = tokio::time::timeout(ANSWER_LIMIT, doing).await;
+    done.map_err(|_| GuestError::TimedOut {
+        command: command.to_owned(),
+        seconds: ANSWER_LIMIT.as_secs(),
+    })
 }
 
 /// Watches a guest for its end, on a connection of its own.

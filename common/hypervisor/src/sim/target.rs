@@ -314,8 +314,11 @@ impl TargetGuest for SimTarget {
         if to == RunState::Paused || self.started {
             return Ok(());
         }
-        match self.copy.client.tell("cont", None).await {
-            Ok(()) => Ok(()),
+        let client = &mut self.copy.client;
+        let sent = client.send("cont", None).await;
+        sent.map_err(StartError::NeverRan)?;
+        match client.answer("cont").await {
+            Ok(_) => Ok(()),
             Err(error @ GuestError::Refused { .. }) => Err(StartError::NeverRan(error)),
             Err(error) => Err(StartError::MayHaveRun(error)),
         }
