@@ -2,55 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may unwrap")]
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use vmferry_tests::harness::Hosts;
 use vmferry_tests::harness::role::Programs;
 use vmferry_tests::harness::sim::{SimGuest, SimSpec};
-
-/// A small file system of its own, unmounted when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path, size: &str) -> Self {
-        let options = format!("size={size}");
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
-            .arg(at)
-            .status();
-        assert!(
-            mount.unwrap().success(),
-            "tmpfs cannot be mounted at {}",
-            at.display()
-        );
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        assert!(
-            std::env::var("CI").as_deref() != Ok("true"),
-            "this test needs root, and in CI none may be skipped"
-        );
-        println!("skipped: mounting a small file system needs root");
-    }
-    root
-}
+use vmferry_tests::harness::{Hosts, SmallDisk};
 
 #[test]
 fn a_full_disk_at_the_destination_is_named_and_harms_nothing() {
-    if !is_root() {
-        return;
-    }
     let programs = Programs::played_by(env!("CARGO_BIN_EXE_vmferry-demo").as_ref());
     let hosts = Hosts::new(programs).unwrap();
     let (alpha, beta) = (hosts.host("alpha").unwrap(), hosts.host("beta").unwrap());
@@ -78,18 +35,19 @@ fn a_full_disk_at_the_destination_is_named_and_harms_nothing() {
 
     // Too small from the beginning: nothing is copied.
     let images = beta.path("images");
-    let small = SmallDisk::mount(&images, "2m");
+    let Some(small) = SmallDisk::mount(&images, "2m") else {
+        return;
+    };
     let report = no_space("disk disk0 needs");
     assert_eq!(report["rounds"], serde_json::json!([]), "{report}");
     assert_eq!(report["error"]["phase"], "prepare", "{report}");
     drop(small);
 
     // Large enough, until somebody else fills it while the guest is copied.
-    let filled = SmallDisk::mount(&images, "64m");
-    let filler = images.join("filler");
+    let filled = SmallDisk::mount(&images, "64m").unwrap();
     let fill = format!(
         "head -c 64M /dev/zero >'{}' 2>/dev/null; exit 0",
-        filler.display()
+        filled.filler().display()
     );
     let hook = beta.hook("copy", &fill).unwrap();
     no_space("no space left");

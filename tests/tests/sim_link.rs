@@ -48,10 +48,10 @@ fn undisturbed() -> u64 {
     done.json().unwrap()["wire_bytes"].as_u64().unwrap()
 }
 
-/// Cuts the link so often in one pre-copy. What goes over the wire again is what the source had handed to the transport and the destination
+/// Cuts the link so often in one pre-copy, and leaves it so for `more` after the source has noticed. What goes over the wire again is what the source had handed to the transport and the destination
 /// had not applied when the link was cut, and nothing else. (The blocks that only waited for their lane are not on the wire, though
 /// `resent_blocks` counts them.)
-fn cut_again_and_again(cuts: usize) {
+fn cut_again_and_again(cuts: usize, more: Duration) {
     let once = undisturbed();
     let stage = Stage::set(PROGRAMS);
     let guest = stage.guest(still(64 << 20));
@@ -76,6 +76,7 @@ fn cut_again_and_again(cuts: usize) {
             (said.matches("connecting again").count() >= cut).then_some(())
         });
         noticed.unwrap();
+        std::thread::sleep(more);
         proxy.restore();
         let back = running.wait_for("the link", END, |_, said| {
             (said.matches("connected again").count() >= cut).then_some(())
@@ -104,14 +105,20 @@ fn cut_again_and_again(cuts: usize) {
 
 #[test]
 fn what_is_sent_again_after_cuts_was_in_flight() {
-    cut_again_and_again(3);
+    cut_again_and_again(3, Duration::ZERO);
 }
 
-/// Some four minutes, since a lost link is noticed after ten seconds: `cargo test -p vmferry-tests --test sim_link -- --ignored --nocapture`.
+/// Some four minutes, since a lost link is noticed after ten seconds; with the next one: `cargo test -p vmferry-tests --test sim_link -- --ignored --nocapture`.
 #[test]
 #[ignore = "takes minutes; its short form runs always"]
 fn twenty_cuts_in_one_copy() {
-    cut_again_and_again(20);
+    cut_again_and_again(20, Duration::ZERO);
+}
+
+#[test]
+#[ignore = "takes minutes; its short form runs always"]
+fn five_minutes_without_a_link_in_one_copy() {
+    cut_again_and_again(1, Duration::from_secs(300));
 }
 
 #[test]

@@ -13,10 +13,12 @@ pub mod qemu;
 pub mod role;
 pub mod scripts;
 pub mod sim;
+pub mod small_disk;
 pub mod stage;
 
 pub use hosts::{Host, Hosts};
 pub use process::{Finished, Running};
 pub use proxy::Proxy;
 pub use sim::{SimGuest, SimSpec};
+pub use small_disk::SmallDisk;
 pub use stage::Stage;

@@ -46,6 +46,14 @@ pub(crate) const PHASES: [&str; 10] = [
     "release",
 ];
 
+/// Whether the source has not written COMMITTING yet: afterwards a doubt lasts as long as the two sides do not hear of each other.
+pub(crate) fn is_before_the_decision(phase: &str) -> bool {
+    PHASES
+        .iter()
+        .take_while(|known| **known != "commit")
+        .any(|known| *known == phase)
+}
+
 impl Victim {
     /// Where the guest must be after this fault in `phase`; `None` where there is nothing to strike.
     pub(crate) fn leaves_it(self, phase: &str) -> Option<Place> {

@@ -13,15 +13,17 @@ use vmferry_tests::harness::{Proxy, doubt};
 use vmferry_tests::lab::{Content, Disk, JudgeParams, Lab, Qemu, Start};
 
 use super::PROGRAMS;
-use super::fault::{PHASES, Place, Victim};
+use super::fault::{PHASES, Place, Victim, is_before_the_decision};
 
 const END: Duration = Duration::from_secs(180);
 const MIB: u64 = 1 << 20;
+/// The guest stands still for no longer than this before COMMITTING, whatever is struck.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(8);
 const OPTIONS: [&str; 4] = ["--max-downtime", "5s", "--pause-timeout", "8s"];
 const CUT: Duration = Duration::from_millis(1500);
 
 /// What is run always: each victim, each phase, and the moments around the decision most of all.
-const ALWAYS: [(Victim, &[&str]); 6] = [
+const ALWAYS: [(Victim, &[&'static str]); 6] = [
     (
         Victim::SourceAgent,
         &["copy", "converged", "load", "release"],
@@ -67,7 +69,7 @@ victims! {
     the_link_of_a_real_guest_is_cut_and_restored, link_at_every_phase: Link;
 }
 
-fn strike(victim: Victim, phases: &[&str]) {
+fn strike(victim: Victim, phases: &[&'static str]) {
     let Some(lab) = Lab::get() else { return };
     for phase in phases {
         if let Some(place) = victim.leaves_it(phase) {
@@ -91,10 +93,18 @@ pub(crate) struct Scene {
     /// Descriptors of the source's QEMU before anybody touched it.
     before: Vec<String>,
     done: Option<Finished>,
+    phase: &'static str,
 }
 
 impl Scene {
-    pub(crate) fn at(lab: &'static Lab, name: &str, phase: &str) -> Self {
+    pub(crate) fn at(lab: &'static Lab, name: &str, phase: &'static str) -> Self {
+        let mut scene = Self::set(lab, name, phase);
+        scene.begin();
+        scene
+    }
+
+    /// All is there, and nothing has begun.
+    pub(crate) fn set(lab: &'static Lab, name: &str, phase: &'static str) -> Self {
         let guest = lab
             .guest(name)
             .memory_mib(128)
@@ -113,7 +123,7 @@ impl Scene {
         let before = descriptors(source.pid());
         let agent = pair.beta.host.serve(&[]).unwrap();
         let proxy = Proxy::to(agent.port).unwrap();
-        let mut scene = Self {
+        Self {
             pair,
             source,
             agent,
@@ -122,16 +132,17 @@ impl Scene {
             migration: None,
             before,
             done: None,
-        };
-        scene.begin(phase);
-        scene
+            phase,
+        }
     }
 
     pub(crate) fn name(&self) -> &str {
         self.pair.guest.name()
     }
 
-    fn begin(&mut self, phase: &str) {
+    /// The migration, until it stands in the phase.
+    pub(crate) fn begin(&mut self) {
+        let phase = self.phase;
         let late = matches!(phase, "commit" | "start");
         let hold = if late {
             self.pair.beta.hold_at("load")
@@ -239,6 +250,12 @@ impl Scene {
         self.moved();
     }
 
+    /// The migration, which nobody struck, ends by itself; the guest is where its exit code says.
+    pub(crate) fn told(mut self) {
+        self.done = Some(self.migration.take().unwrap().wait(END).unwrap());
+        self.settled(Place::AsTold);
+    }
+
     fn settled(self, place: Place) {
         let done = self.done.as_ref().unwrap();
         println!("{}{}", done.stdout, done.stderr);
@@ -289,7 +306,7 @@ impl Scene {
         self.owned_by(true);
         pair.move_guest((&pair.alpha, &pair.beta), &self.agent, &OPTIONS)
             .unwrap();
-        assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 1);
+        self.expect_handovers(1);
     }
 
     fn moved(&self) {
@@ -301,7 +318,17 @@ impl Scene {
         let back = pair.alpha.host.serve(&[]).unwrap();
         pair.move_guest((&pair.beta, &pair.alpha), &back, &OPTIONS)
             .unwrap();
-        assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 2);
+        self.expect_handovers(2);
+    }
+
+    /// No beat is missing, and before the decision the guest stood still for no longer than the pause timeout.
+    fn expect_handovers(&self, count: usize) {
+        let report = self.pair.unbroken(1).unwrap();
+        assert_eq!(report.handovers.len(), count);
+        let longest = report.longest.unwrap().length;
+        if is_before_the_decision(self.phase) {
+            assert!(longest <= PAUSE_TIMEOUT, "{longest:?}");
+        }
     }
 
     /// Both programs of both hosts name the owner. A host that no session ever reached has no record, and nothing to say.

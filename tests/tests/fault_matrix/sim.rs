@@ -11,7 +11,7 @@ use vmferry_tests::harness::stage::soon;
 use vmferry_tests::harness::{Host, Proxy, SimGuest, SimSpec, Stage};
 
 use super::PROGRAMS;
-use super::fault::{PHASES, Place, Victim};
+use super::fault::{PHASES, Place, Victim, is_before_the_decision};
 
 const END: Duration = Duration::from_secs(120);
 /// The guest stands still for no longer than this before COMMITTING, whatever happens to the link.
@@ -231,6 +231,7 @@ impl Scene {
             assert!(clean, "left at alpha: {left:?}");
         }
         self.no_socket_is_left();
+        self.stood_still_no_longer_than_allowed();
         self.owners(Some(&stage.beta));
         guest.expect_at(&stage.alpha, &["beta"]).unwrap();
         let back = stage.alpha.serve(&[]).unwrap();
@@ -304,14 +305,16 @@ impl Scene {
         }
     }
 
+    /// Whatever was struck: before the decision the guest stands still for no longer than the pause timeout.
     fn stood_still_no_longer_than_allowed(&self) {
-        if self.victim == Some(Victim::Link) {
-            let longest = self.guest.beats().unwrap().longest_within();
-            println!("{}: longest time without a beat {longest:.1?}", self.phase);
-            assert!(
-                longest <= PAUSE_TIMEOUT + Duration::from_secs(1),
-                "{longest:?}"
-            );
+        let beats = self.guest.beats().unwrap();
+        let handovers = beats.handovers();
+        let longest = handovers
+            .into_iter()
+            .fold(beats.longest_within(), Duration::max);
+        println!("{}: longest time without a beat {longest:.1?}", self.phase);
+        if is_before_the_decision(self.phase) {
+            assert!(longest <= PAUSE_TIMEOUT, "{longest:?}");
         }
     }
 }
