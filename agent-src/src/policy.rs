@@ -121,6 +121,14 @@ impl Limits {
     }
 }
 
+/// When a pause that may last for `limit` is given up: early enough that the guest runs again by then, behind one journal record and
+/// the resume.
+#[must_use]
+pub fn give_up_pause_after(limit: Duration) -> Duration {
+    const ROLLBACK: Duration = Duration::from_millis(250);
+    limit - ROLLBACK.min(limit / 20)
+}
+
 /// Everything that the decision rests on.
 #[derive(Debug, Clone, Copy)]
 pub struct Situation<'a> {

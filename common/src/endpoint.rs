@@ -16,6 +16,8 @@ use quinn::{
     ClientConfig, Connection, Endpoint, EndpointConfig, Incoming, MtuDiscoveryConfig, ServerConfig,
     TransportConfig, VarInt,
 };
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
 use rustls_pki_types::{CertificateDer, ServerName};
 
 use crate::congestion::Congestion;
@@ -33,6 +35,9 @@ const MAX_UNI_STREAMS: u32 = 64 + 8;
 const MAX_BIDI_STREAMS: u32 = 2;
 /// Handshakes that may be under way at once; each holds some KiB.
 const MAX_INCOMING: usize = 64;
+
+/// What the key of stateless resets is derived for.
+const RESETS: &str = "vmferry 2026-11-29 stateless resets of a listening endpoint";
 
 /// Settings of the transport that may differ from link to link.
 #[derive(Debug, Clone)]
@@ -280,11 +285,27 @@ pub fn bind_server(
     identity: &Identity,
     tuning: &TransportTuning,
 ) -> Result<Endpoint, EndpointError> {
-    let config = server_config(identity, tuning)?;
+    let server = server_config(identity, tuning)?;
     let bound = socket::bind(listen, tuning.socket_buffer);
     let (socket, shortage) = bound.map_err(|source| EndpointError::Bind { listen, source })?;
     tell_shortage(shortage);
-    endpoint(socket, Some(config)).map_err(EndpointError::Socket)
+    let bound = socket.local_addr().map_err(EndpointError::Socket)?;
+    let config = lasting(&identity.secret_for(RESETS, bound.to_string().as_bytes()));
+    endpoint(config, Some(server), socket).map_err(EndpointError::Socket)
+}
+
+/// The configuration of an endpoint that one before it had already, in a process that was killed: whoever goes on with a connection to
+/// that one is told at once that it is gone (a stateless reset, RFC 9000, section 10.3), and need not wait for the idle time-out. The
+/// address is a part of the secret, since two endpoints that listen at once must not have one key (section 10.3.2).
+fn lasting(secret: &[u8; 32]) -> EndpointConfig {
+    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, secret)));
+    let (of_ids, _) = secret
+        .split_first_chunk()
+        .expect("32 bytes are more than 8");
+    let of_ids = u64::from_le_bytes(*of_ids);
+    // Connection ids of the one before must not be taken for rubbish.
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(of_ids)));
+    config
 }
 
 /// An endpoint for one connection to `remote`: its own socket, and the packet size that the route allows.
@@ -305,13 +326,17 @@ pub fn client_endpoint(
     let (socket, shortage) = socket::bind(SocketAddr::new(any, 0), tuning.socket_buffer)
         .map_err(EndpointError::Socket)?;
     tell_shortage(shortage);
-    let mut endpoint = endpoint(socket, None).map_err(EndpointError::Socket)?;
+    let mut endpoint =
+        endpoint(EndpointConfig::default(), None, socket).map_err(EndpointError::Socket)?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }
 
-fn endpoint(socket: std::net::UdpSocket, server: Option<ServerConfig>) -> io::Result<Endpoint> {
-    let mut config = EndpointConfig::default();
+fn endpoint(
+    mut config: EndpointConfig,
+    server: Option<ServerConfig>,
+    socket: std::net::UdpSocket,
+) -> io::Result<Endpoint> {
     // Both ends must say so, else the peer keeps to packets of 1,472 bytes.
     config
         .max_udp_payload_size(MAX_MTU)

@@ -297,6 +297,15 @@ impl Identity {
         moment(self.not_after)
     }
 
+    /// A secret that nobody can tell without this host's key, and that is the same after a restart. `purpose` is a text that no other
+    /// caller has.
+    pub(crate) fn secret_for(&self, purpose: &'static str, of: &[u8]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new_derive_key(purpose);
+        hasher.update(self.key.secret_der());
+        hasher.update(of);
+        *hasher.finalize().as_bytes()
+    }
+
     /// TLS configuration of the side that listens: every client must show a certificate of the CA.
     pub fn tls_server(&self) -> Result<rustls::ServerConfig, IdentityError> {
         let mut config = rustls::ServerConfig::builder_with_provider(provider())

@@ -720,3 +720,35 @@ async fn loopback_gets_large_packets() {
     }
     assert!(pair.source.stats().path.current_mtu <= endpoint::MAX_MTU);
 }
+
+/// A killed agent says no farewell; the next one at its address does, to the first packet that comes.
+#[tokio::test]
+async fn the_peer_of_a_killed_endpoint_hears_of_it_from_the_next_one() {
+    let pki = Pki::new();
+    let alpha = pki.identity("alpha", &[]);
+    let beta = pki.identity("beta", &["127.0.0.1"]);
+    let doomed = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (endpoint, to, accepting) = {
+        let _inside = doomed.enter();
+        serve(&beta)
+    };
+    let (_endpoint, connection) = endpoint::connect(&to, &alpha, &tuning()).await.unwrap();
+    let accepted = accepting.await.unwrap().unwrap();
+    let address = endpoint.local_addr().unwrap();
+    // Its tasks end where they stand, as those of a killed process.
+    doomed.shutdown_background();
+    drop((endpoint, accepted));
+    let _next = loop {
+        match endpoint::bind_server(address, &beta, &tuning()) {
+            Ok(next) => break next,
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    };
+    let mut stream = connection.open_uni().await.unwrap();
+    stream.write_all(b"are you there?").await.unwrap();
+    assert_eq!(connection.closed().await, quinn::ConnectionError::Reset);
+}

@@ -20,6 +20,7 @@ use super::Migration;
 use super::copy::NoSession;
 use super::inputs::Input;
 use crate::error::MigrateError;
+use crate::policy::give_up_pause_after;
 
 /// How long the destination may take to make an attempt known, its hooks of phase `pause` included. The guest runs meanwhile.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
@@ -113,7 +114,10 @@ impl Migration {
     fn duration(&self, timer: Timer) -> Duration {
         match timer {
             Timer::Open(_) => OPEN_LIMIT,
-            Timer::Pause(_) => self.options.limits.pause_limit(self.stats.predicted()),
+            Timer::Pause(_) => {
+                let limits = &self.options.limits;
+                give_up_pause_after(limits.pause_limit(self.stats.predicted()))
+            }
             Timer::Doubt(_) => DOUBT_LIMIT,
             Timer::BackOff { failures } => back_off(failures),
             Timer::Retry => RETRY_AFTER,

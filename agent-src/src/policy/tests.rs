@@ -472,6 +472,8 @@ fn the_default_pause_limit_is_five_downtimes_and_a_second_at_least() {
     assert_eq!(limits.pause_limit(ms(200)), ms(1500));
     limits.max_downtime = ms(50);
     assert_eq!(limits.pause_limit(ms(40)), ms(1000));
+    assert_eq!(super::give_up_pause_after(ms(1000)), ms(950));
+    assert_eq!(super::give_up_pause_after(ms(60_000)), ms(59_750));
     limits.pause_timeout = Some(ms(70));
     assert_eq!(limits.pause_limit(ms(5000)), ms(70));
 }
