@@ -1,7 +1,7 @@
 //! The unit files: what they say is what the programs understand, guests survive the agent's unit, and nothing takes away what the agents need.
 //!
-//! systemd itself is asked where it is installed (`systemd-analyze verify`); what a service manager does to an agent (it kills its process group,
-//! its session, its control group) is done here by hand, to real agents.
+//! systemd's own reader is asked where it is installed (`systemd-analyze verify`); what a service manager does to an agent (it kills its process group,
+//! its session, its control group) is done here by hand, to real agents. `systemd` runs the units for real.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 

@@ -243,7 +243,7 @@ impl Migration {
                 self.drop_receipt();
             }
             DestinationReport::StartUncertain { attempt, reason } => {
-                self.start_uncertain(attempt, &reason)
+                self.start_uncertain(attempt, &reason);
             }
             DestinationReport::DiscardFailed { reason } => {
                 tracing::error!(%guest, "{reason}");

@@ -23,7 +23,7 @@ const OPTIONS: [&str; 4] = ["--max-downtime", "5s", "--pause-timeout", "8s"];
 const CUT: Duration = Duration::from_millis(1500);
 
 /// What is run always: each victim, each phase, and the moments around the decision most of all.
-const ALWAYS: [(Victim, &[&'static str]); 6] = [
+const ALWAYS: [(Victim, &[&str]); 6] = [
     (
         Victim::SourceAgent,
         &["copy", "converged", "load", "release"],
