@@ -260,6 +260,12 @@ fn growth(now: &Situation<'_>) -> u64 {
     bytes_in(last.dirty_rate(), now.fixed.before_pause()).min(seen)
 }
 
+/// Whether a cutover now would keep the limit, with everything that is left to be sent in it.
+#[must_use]
+pub fn rest_fits(now: &Situation<'_>) -> bool {
+    predict(now).is_some_and(|predicted| now.guest_runs && fits(now, &predicted))
+}
+
 fn fits(now: &Situation<'_>, predicted: &PredictedDowntime) -> bool {
     !now.guest_runs || predicted.total() <= now.limits.max_downtime
 }

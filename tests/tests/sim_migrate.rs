@@ -355,6 +355,33 @@ fn what_was_written_as_it_was_is_not_sent_again() {
     stage.expect_moved(&guest);
 }
 
+/// What a guest writes all the time goes when it stands still, and is not sent again and again until somebody pulls the trigger.
+#[test]
+fn a_hot_working_set_waits_for_the_last_flight() {
+    const HOT_BLOCKS: u64 = 512;
+    let stage = stage();
+    let guest = stage.guest(SimSpec {
+        dirty_rate: 64 << 20,
+        working_set: HOT_BLOCKS * 4096,
+        disk_rate: 0,
+        ..SimSpec::small("web")
+    });
+    let manual = ["--cutover", "manual", "--max-downtime", "1s"];
+    let running = stage.begin(&guest, &manual);
+    let status = || stage.alpha.ask(Role::Source, "status", "web", &["--json"]);
+    let round = || status().unwrap().json().ok()?["round"].as_u64();
+    assert!(soon(|| round().is_some_and(|round| round > 3)));
+    let cutover = stage.alpha.ask(Role::Source, "cutover", "web", &[]);
+    assert_eq!(cutover.unwrap().code(), 0);
+    let done = running.wait(Duration::from_secs(60)).unwrap();
+    println!("{}", done.stderr);
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    let again = report["resent_blocks"].as_u64().unwrap();
+    assert!((1..2 * HOT_BLOCKS).contains(&again), "{report}");
+    stage.expect_moved(&guest);
+}
+
 #[test]
 fn a_manual_cutover_waits_and_a_script_learns_the_end() {
     let stage = stage();

@@ -156,25 +156,29 @@ impl Migration {
         Ok(())
     }
 
-    /// Sends everything that is dirty and not written again before its turn comes.
+    /// Sends everything that is dirty and not written again before its turn comes, the hottest last: not at all where it may as well go
+    /// when the guest stands still.
     async fn send_round(&mut self) -> Result<(), MigrateError> {
         let began = Instant::now();
         let mut on_input = Self::on_input;
         loop {
             let look = Instant::now() + LOOK_EVERY.max(began.elapsed() / LOOKS);
-            if self.send_until(Some(look), &mut on_input).await? {
+            let all = self.send_until(Some(look), &mut on_input).await?;
+            if all && (self.ledger.late_blocks() == 0 || policy::rest_fits(&self.situation())) {
                 return Ok(());
             }
-            self.look().await?;
+            if all {
+                self.look().await?;
+                self.ledger.release_late();
+            } else if !self.ledger.is_exhausted() {
+                self.look().await?;
+            }
         }
     }
 
     /// Holds back what was written since the last look or scan: it would have to be sent again. No barrier is needed, since none of it is
     /// read before the next scan has waited for one. Memory only: of disks each look would be a transaction.
     async fn look(&mut self) -> Result<(), MigrateError> {
-        if self.ledger.is_exhausted() {
-            return Ok(());
-        }
         for region in self.regions(Some(RegionKind::Memory)) {
             self.take(region).await?;
         }
@@ -198,7 +202,11 @@ impl Migration {
             let held = self.guest.io_barrier().await?;
             self.stats.on_barrier(held);
         }
-        Ok(self.ledger.release() * u64::from(BLOCK_SIZE))
+        let found = match barrier {
+            Barrier::Wait => self.ledger.release_cold(),
+            Barrier::Drained => self.ledger.release(),
+        };
+        Ok(found * u64::from(BLOCK_SIZE))
     }
 
     /// Takes and re-arms the dirty marks of a region. They are held back in the ledger until a barrier has passed.

@@ -77,7 +77,9 @@ pub fn goodput(rounds: &[RoundStats], last_flight: Option<Flight>) -> Option<Rat
 fn recent(rounds: &[RoundStats]) -> Rate {
     let (mut data, mut raw, mut time) = (0_u64, 0_u64, Duration::ZERO);
     let mut best = Rate(0);
-    for round in rounds.iter().rev() {
+    // A round in which nothing was sent says nothing of the rate.
+    let sending = |round: &&RoundStats| round.raw_bytes_sent > 0;
+    for round in rounds.iter().rev().filter(sending) {
         data = data.saturating_add(round.raw_bytes_sent.saturating_sub(round.zero_bytes));
         raw = raw.saturating_add(round.raw_bytes_sent);
         time = time.saturating_add(round.sending());

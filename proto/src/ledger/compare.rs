@@ -13,14 +13,14 @@ use super::{Ledger, Session};
 
 impl Ledger {
     /// Begins to compare a window. Returns whether that can come to anything: a session is open, the window has dirty blocks, of
-    /// which none is held back, and nothing of it is in flight or waits for a flush.
+    /// which none is held back or late, and nothing of it is in flight or waits for a flush.
     pub fn begin_compare(&mut self, at: WindowRef) -> bool {
         let Session::Open(_) = self.session else {
             return false;
         };
         let marks = self.regions.get(usize::from(at.region.0));
         let dirty = marks.is_some_and(|marks| {
-            !marks.dirty_in(at.window).is_empty() && marks.held_in(at.window).is_empty()
+            !marks.dirty_in(at.window).is_empty() && marks.all_ready_in(at.window)
         });
         let lane = lane_of(at.window, self.lane_count());
         let lane = self.lanes.get(usize::from(lane.0));

@@ -1,7 +1,7 @@
 //! One lane of the session: its frames that are not settled yet, and the windows it still has to send.
 //!
 //! Invariants: frames stand in order of their sequence numbers; a window's bit in [`Work`] is set exactly while the
-//! window has dirty blocks that are not held back. Bits stand in the order of the windows' turns ([`Turns`]), so a lane with little to do
+//! window has dirty blocks that can be taken. Bits stand in the order of the windows' turns ([`Turns`]), so a lane with little to do
 //! finds it by whole words, also on a disk of 64 TiB.
 
 use std::collections::VecDeque;

@@ -1,7 +1,8 @@
 //! Marks of one region: which blocks are dirty, which of those are known to be zero or are held back, which were ever sent.
 //!
-//! Invariants: zero blocks and held ones are dirty ones; the counts are those of the sets.
+//! Invariants: zero blocks, held ones and late ones are dirty ones; none is both held and late; the counts are those of the sets.
 
+use super::heat::Heat;
 use super::{Amount, Dirty};
 use crate::geometry::{BLOCK_SIZE, RegionBits, RegionLen, WindowBits, WindowIndex};
 use crate::spec::RegionKind;
@@ -11,12 +12,16 @@ pub(super) struct RegionMarks {
     kind: RegionKind,
     dirty: RegionBits,
     zero: RegionBits,
-    /// Not to be taken before they are released.
+    /// Written since the last scan, and not to be taken before the next one.
     held: RegionBits,
+    /// In hot windows, and not to be taken before all others.
+    late: RegionBits,
+    heat: Heat,
     sent: RegionBits,
     dirty_blocks: u64,
     zero_blocks: u64,
     held_blocks: u64,
+    late_blocks: u64,
 }
 
 /// What taking blocks found.
@@ -27,29 +32,24 @@ pub(super) struct TakenBlocks {
 
 impl RegionMarks {
     pub(super) fn all_dirty(kind: RegionKind, len: RegionLen) -> Self {
-        Self {
-            kind,
-            dirty: RegionBits::full(len),
-            zero: RegionBits::empty(len),
-            held: RegionBits::empty(len),
-            sent: RegionBits::empty(len),
-            dirty_blocks: len.blocks(),
-            zero_blocks: 0,
-            held_blocks: 0,
-        }
+        Self::left(kind, RegionBits::full(len), RegionBits::empty(len))
     }
 
     /// Marks as an earlier process left them.
     pub(super) fn left(kind: RegionKind, dirty: RegionBits, sent: RegionBits) -> Self {
+        let len = dirty.region_len();
         Self {
             kind,
             dirty_blocks: dirty.count(),
-            zero: RegionBits::empty(dirty.region_len()),
-            held: RegionBits::empty(dirty.region_len()),
+            zero: RegionBits::empty(len),
+            held: RegionBits::empty(len),
+            late: RegionBits::empty(len),
+            heat: Heat::unknown(len.windows()),
             dirty,
             sent,
             zero_blocks: 0,
             held_blocks: 0,
+            late_blocks: 0,
         }
     }
 
@@ -69,18 +69,26 @@ impl RegionMarks {
         self.held_blocks
     }
 
-    /// Whether no block can be taken.
-    pub(super) const fn is_exhausted(&self) -> bool {
-        self.dirty_blocks == self.held_blocks
+    pub(super) const fn late_blocks(&self) -> u64 {
+        self.late_blocks
     }
 
-    pub(super) fn held_in(&self, window: WindowIndex) -> WindowBits {
-        self.held.get(window)
+    /// Whether no block can be taken.
+    pub(super) const fn is_exhausted(&self) -> bool {
+        self.dirty_blocks == self.held_blocks + self.late_blocks
+    }
+
+    /// Whether every dirty block of a window can be taken.
+    pub(super) fn all_ready_in(&self, window: WindowIndex) -> bool {
+        self.ready_in(window) == self.dirty.get(window)
     }
 
     /// The dirty blocks that can be taken.
     pub(super) fn ready_in(&self, window: WindowIndex) -> WindowBits {
-        self.dirty.get(window).minus(&self.held.get(window))
+        self.dirty
+            .get(window)
+            .minus(&self.held.get(window))
+            .minus(&self.late.get(window))
     }
 
     pub(super) fn dirty_windows(&self) -> impl Iterator<Item = (WindowIndex, WindowBits)> + '_ {
@@ -103,10 +111,8 @@ impl RegionMarks {
 
     /// Windows of which blocks can be taken.
     pub(super) fn ready_windows(&self) -> impl Iterator<Item = WindowIndex> + '_ {
-        let ready = |(window, dirty): (WindowIndex, WindowBits)| {
-            (!dirty.minus(&self.held.get(window)).is_empty()).then_some(window)
-        };
-        self.dirty.iter().filter_map(ready)
+        let dirty = self.dirty.iter().map(|(window, _)| window);
+        dirty.filter(|window| !self.ready_in(*window).is_empty())
     }
 
     pub(super) fn mark_dirty(&mut self, window: WindowIndex, bits: &WindowBits) {
@@ -119,19 +125,52 @@ impl RegionMarks {
 
     /// Holds back the dirty ones among `bits`.
     pub(super) fn hold(&mut self, window: WindowIndex, bits: &WindowBits) {
+        self.heat.found(window);
+        let now_held = bits.and(&self.late.get(window));
+        self.late.remove(window, &now_held);
+        self.late_blocks -= u64::from(now_held.count());
         let new = bits.and(&self.ready_in(window));
         self.held.insert(window, &new);
         self.held_blocks += u64::from(new.count());
     }
 
-    /// Holds nothing back any more. Returns the windows of which something was held.
+    /// The marks of the region are about to be looked at.
+    pub(super) fn look(&mut self) {
+        self.heat.look();
+    }
+
+    /// Holds nothing back any more. Returns the windows of which something was held, or late.
     pub(super) fn release(&mut self) -> Vec<WindowIndex> {
-        if self.held_blocks == 0 {
+        let mut windows = self.release_late();
+        if self.held_blocks > 0 {
+            windows.extend(self.held.iter().map(|(window, _)| window));
+            self.held.clear();
+            self.held_blocks = 0;
+        }
+        windows
+    }
+
+    /// The same, but what is in hot windows is late.
+    pub(super) fn release_cold(&mut self) -> Vec<WindowIndex> {
+        let windows = self.release();
+        for window in &windows {
+            if self.heat.is_hot(*window) {
+                let late = self.dirty.get(*window).minus(&self.late.get(*window));
+                self.late.insert(*window, &late);
+                self.late_blocks += u64::from(late.count());
+            }
+        }
+        windows
+    }
+
+    /// Nothing is late any more. Returns the windows of which something was.
+    pub(super) fn release_late(&mut self) -> Vec<WindowIndex> {
+        if self.late_blocks == 0 {
             return Vec::new();
         }
-        let windows = self.held.iter().map(|(window, _)| window).collect();
-        self.held.clear();
-        self.held_blocks = 0;
+        let windows = self.late.iter().map(|(window, _)| window).collect();
+        self.late.clear();
+        self.late_blocks = 0;
         windows
     }
 

@@ -5,8 +5,8 @@
 //! clean for the round but is remembered until it is flushed (`[WIRE-32]`). Owns these sets, the sequence
 //! numbers of the lanes, and what a lost session means for them. It reads no guest and sends nothing; one engine
 //! owns it. Invariant: a block that is neither dirty nor in flight is at the destination as it was when it was
-//! last taken. A dirty block may be held back: it counts as dirty, and is not taken before it is released. Memory is O(bitmap) +
-//! O(frames not yet settled); no step costs more than its windows.
+//! last taken. A dirty block may be held back, or late: it counts as dirty, and is not taken before it is released. Memory is O(bitmap) +
+//! O(frames not yet settled); no step costs more than its windows, but for a look, which costs a byte of each.
 //!
 //! A block also becomes clean where both sides are found to have the same (`compare`).
 //!
@@ -19,6 +19,7 @@
 //! ```
 
 mod compare;
+mod heat;
 mod lanes;
 mod log;
 mod marks;
@@ -122,13 +123,16 @@ impl Ledger {
         Ok(())
     }
 
-    /// Makes `bits` of a region dirty and holds them back until [`release`](Self::release): what is written while a round runs
-    /// goes with the next one, also where this one had not come to it yet, since it may be written once more.
+    /// Makes `bits` of a region dirty, all that a look at its marks found, and holds them back until [`release`](Self::release): what is
+    /// written while a round runs goes with the next one, also where this one had not come to it yet, since it may be written once more.
     ///
     /// # Errors
     /// As [`mark_dirty`](Self::mark_dirty).
     pub fn hold(&mut self, region: RegionId, bits: &RegionBits) -> Result<(), LedgerError> {
         self.mark_dirty(region, bits)?;
+        if let Some(marks) = self.regions.get_mut(usize::from(region.0)) {
+            marks.look();
+        }
         for (window, bits) in bits.iter() {
             if let Some(marks) = self.regions.get_mut(usize::from(region.0)) {
                 marks.hold(window, &bits);
@@ -138,17 +142,44 @@ impl Ledger {
         Ok(())
     }
 
-    /// Holds nothing back any more. Returns how many blocks were.
+    /// Holds nothing back any more, and nothing is late. Returns how many blocks were held back.
     pub fn release(&mut self) -> u64 {
-        let released = self.regions.iter().map(RegionMarks::held_blocks).sum();
+        let released = self.held_blocks();
+        self.release_by(RegionMarks::release);
+        released
+    }
+
+    /// The same, but the dirty blocks of windows that several of the last looks found written are late: they are taken after
+    /// [`release_late`](Self::release_late), when all others are sent, if they are not written again before.
+    pub fn release_cold(&mut self) -> u64 {
+        let released = self.held_blocks();
+        self.release_by(RegionMarks::release_cold);
+        released
+    }
+
+    /// Nothing is late any more.
+    pub fn release_late(&mut self) {
+        self.release_by(RegionMarks::release_late);
+    }
+
+    /// Blocks that are late.
+    #[must_use]
+    pub fn late_blocks(&self) -> u64 {
+        self.regions.iter().map(RegionMarks::late_blocks).sum()
+    }
+
+    fn held_blocks(&self) -> u64 {
+        self.regions.iter().map(RegionMarks::held_blocks).sum()
+    }
+
+    fn release_by(&mut self, release: impl Fn(&mut RegionMarks) -> Vec<WindowIndex>) {
         for index in 0..self.regions.len() {
-            let windows = self.regions.get_mut(index).map(RegionMarks::release);
+            let windows = self.regions.get_mut(index).map(&release);
             let region = RegionId(u16::try_from(index).unwrap_or(u16::MAX));
             for window in windows.unwrap_or_default() {
                 self.note_work(WindowRef { region, window });
             }
         }
-        released
     }
 
     /// Remembers that the dirty ones among `bits` are known to be zero, until they are marked dirty again.
@@ -236,7 +267,7 @@ impl Ledger {
     // Frames.
 
     /// Takes the next frame of `lane`, of regions of `kind` if one is given: up to [`limits::MAX_FRAME_BLOCKS`] dirty
-    /// blocks of one window that are not held back. `None` if the lane has nothing to send or no session is open.
+    /// blocks of one window that are neither held back nor late. `None` if the lane has nothing to send or no session is open.
     ///
     /// A lane goes round its windows, those of disks in ascending order and those of memory spread over it, so each gets its turn
     /// however fast another one is dirtied.
@@ -497,7 +528,7 @@ impl Ledger {
         self.regions.iter().all(RegionMarks::is_clean)
     }
 
-    /// Whether no block can be taken: none is dirty, or all that are are held back.
+    /// Whether no block can be taken: none is dirty, or all that are are held back or late.
     #[must_use]
     pub fn is_exhausted(&self) -> bool {
         self.regions.iter().all(RegionMarks::is_exhausted)

@@ -140,6 +140,31 @@ fn held_blocks_count_as_dirty_and_are_taken_when_they_are_released() {
     assert!(ledger.is_clean());
 }
 
+/// What is written again and again comes behind everything else, if it is not written once more before.
+#[test]
+fn hot_windows_are_late() {
+    let len = 3 << 21;
+    let disk = region(1, RegionKind::Disk, 4096);
+    let mut ledger = Ledger::new(&[region(0, RegionKind::Memory, len), disk]);
+    open(&mut ledger, 1);
+    send_all(&mut ledger);
+    let block = |window: u32| window * 512 + 7;
+    ledger.hold(RegionId(0), &bits(len, &[block(1)])).unwrap();
+    let all = [block(0), block(1), block(2)];
+    ledger.hold(RegionId(0), &bits(len, &all)).unwrap();
+    assert_eq!(ledger.release_cold(), 3);
+    let sent: BTreeSet<_> = send_all(&mut ledger)
+        .iter()
+        .map(|job| job.window.0)
+        .collect();
+    assert_eq!(sent, BTreeSet::from([0, 2]));
+    assert!(ledger.is_exhausted() && !ledger.is_clean());
+    assert_eq!(ledger.late_blocks(), 1);
+    ledger.release_late();
+    assert_eq!(send_all(&mut ledger)[0].window.0, 1);
+    assert!(ledger.is_clean());
+}
+
 /// A window that is dirtied all the time does not keep the lane from the others.
 #[test]
 fn a_hot_window_does_not_starve_the_others() {
@@ -420,6 +445,8 @@ mod against_an_oracle {
         /// The destination's digests are there.
         Compare,
         Release,
+        ReleaseCold,
+        ReleaseLate,
         Send {
             lane: u8,
             kind: u8,
@@ -466,6 +493,8 @@ mod against_an_oracle {
             4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>(), any::<bool>())
                 .prop_map(|(region, at, len, zero, hold)| Step::Write { region, at, len, zero, hold }),
             1 => Just(Step::Release),
+            2 => Just(Step::ReleaseCold),
+            1 => Just(Step::ReleaseLate),
             4 => (0u16..3, 0u64..11 << 20, 1u64..1 << 20, any::<bool>())
                 .prop_map(|(region, at, len, zero)| Step::WriteUnseen { region, at, len, zero }),
             2 => Just(Step::Scan),
@@ -518,6 +547,10 @@ mod against_an_oracle {
         compared: Vec<(WindowRef, Vec<(Block, u64)>)>,
         /// Held back; all of them are dirty.
         held: BTreeSet<Block>,
+        /// Dirty as well, to be taken behind the others.
+        late: BTreeSet<Block>,
+        /// Windows that each look at a region found written, newest first.
+        looks: HashMap<u16, Vec<BTreeSet<u64>>>,
         /// Dirty, as plainly as can be.
         dirty: BTreeSet<Block>,
         ever_sent: BTreeSet<Block>,
@@ -590,6 +623,8 @@ mod against_an_oracle {
                 unseen: BTreeSet::new(),
                 compared: Vec::new(),
                 held: BTreeSet::new(),
+                late: BTreeSet::new(),
+                looks: HashMap::new(),
                 dirty: all,
                 ever_sent: BTreeSet::new(),
                 sent_before: 0,
@@ -643,6 +678,12 @@ mod against_an_oracle {
                 Step::Release => {
                     assert_eq!(self.ledger.release(), self.held.len() as u64);
                     self.held.clear();
+                    self.late.clear();
+                }
+                Step::ReleaseCold => self.release_cold(),
+                Step::ReleaseLate => {
+                    self.ledger.release_late();
+                    self.late.clear();
                 }
                 Step::WriteUnseen {
                     region,
@@ -739,6 +780,8 @@ mod against_an_oracle {
             self.sent_blocks = 0;
             self.zero_known.clear();
             self.held.clear();
+            self.late.clear();
+            self.looks.clear();
             self.connect(lanes, self.resume(forget));
             self.learn_dirty();
             if let During::Frame = during {
@@ -761,11 +804,31 @@ mod against_an_oracle {
                 .collect()
         }
 
+        fn release_cold(&mut self) {
+            assert_eq!(self.ledger.release_cold(), self.held.len() as u64);
+            let released = std::mem::take(&mut self.held).into_iter();
+            let released: BTreeSet<_> = released.chain(std::mem::take(&mut self.late)).collect();
+            let windows: BTreeSet<_> = released.iter().map(|at| (at.0, at.1 / 512)).collect();
+            let hot = |(region, window): &(u16, u64)| {
+                let looks = self.looks.get(region).into_iter().flatten().take(4);
+                looks.filter(|found| found.contains(window)).count() >= 2
+            };
+            let hot: BTreeSet<_> = windows.into_iter().filter(hot).collect();
+            let late = |at: &&Block| hot.contains(&(at.0, at.1 / 512));
+            self.late = self.dirty.iter().filter(late).copied().collect();
+        }
+
         fn write(&mut self, region: u16, at: u64, len: u64, zero: bool, hold: bool) {
             let marks = marks(region, at, len);
+            if hold {
+                let found = marks.iter().map(|(window, _)| u64::from(window.0));
+                let looks = self.looks.entry(region).or_default();
+                looks.insert(0, found.collect());
+            }
             for block in self.change(region, &marks, zero) {
                 self.dirty.insert(block);
                 if hold {
+                    self.late.remove(&block);
                     self.held.insert(block);
                 }
                 self.zero_known.remove(&block);
@@ -844,10 +907,15 @@ mod against_an_oracle {
             let kind = [None, Some(RegionKind::Memory), Some(RegionKind::Disk)][usize::from(kind)];
             let lanes = u64::try_from(self.lanes.len()).unwrap();
             let Some(job) = self.ledger.next_frame(Lane(lane), kind) else {
-                let left = self.dirty.difference(&self.held).any(|block| {
-                    block.1 / 512 % lanes == u64::from(lane)
-                        && kind.is_none_or(|kind| kind == LENS[usize::from(block.0)].0)
-                });
+                let waits = |block: &&Block| self.held.contains(block) || self.late.contains(block);
+                let left = self
+                    .dirty
+                    .iter()
+                    .filter(|block| !waits(block))
+                    .any(|block| {
+                        block.1 / 512 % lanes == u64::from(lane)
+                            && kind.is_none_or(|kind| kind == LENS[usize::from(block.0)].0)
+                    });
                 assert!(!left, "lane {lane} has work but got no frame");
                 return;
             };
@@ -859,6 +927,7 @@ mod against_an_oracle {
             for block in &blocks {
                 assert!(self.dirty.remove(block), "{block:?} was not dirty");
                 assert!(!self.held.contains(block), "{block:?} was held");
+                assert!(!self.late.contains(block), "{block:?} was late");
                 assert_eq!(zero.contains(block), self.zero_known.remove(block));
                 self.ever_sent.insert(*block);
                 self.sent_blocks += 1;
@@ -939,7 +1008,9 @@ mod against_an_oracle {
             let new = self.ever_sent.len() as u64 - self.sent_before;
             assert_eq!(counters.distinct_blocks, new);
             assert_eq!(self.ledger.is_clean(), self.dirty.is_empty());
-            assert_eq!(self.ledger.is_exhausted(), self.dirty == self.held);
+            let waiting = self.held.union(&self.late).copied().collect();
+            assert_eq!(self.ledger.is_exhausted(), self.dirty == waiting);
+            assert_eq!(self.ledger.late_blocks(), self.late.len() as u64);
             assert_eq!(
                 self.ledger.dirty(None).known_zero_blocks,
                 self.zero_known.len() as u64
