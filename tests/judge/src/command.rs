@@ -1,12 +1,12 @@
 //! Commands on the control port: one line each, `ID VERB [ARGUMENT]`, answered by one line `ID ok|corrupt|error …`.
 //!
-//! Owns the verbs: ping, verify, dirty BYTES, disk BYTES, reboot, shutdown. Waiting for a command never ends the
+//! Owns the verbs: ping, verify, dirty BYTES, disk BYTES, discard BYTES, reboot, shutdown. Waiting for a command never ends the
 //! judge, and nothing that comes in can harm the checks.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use rustix::system::RebootCommand;
 use vmferry_judge::params::bytes;
 
 use crate::report::Report;
-use crate::{Order, Worker, setup};
+use crate::{Order, Verdict, Worker, setup};
 
 /// Pause after an end of file: nobody is connected at the other end.
 const NOBODY_THERE: Duration = Duration::from_millis(10);
@@ -46,6 +46,7 @@ fn obey(command: &str, workers: &[Worker], report: &Report) -> String {
     match verb {
         "ping" => "ok".into(),
         "verify" => verify(workers),
+        "discard" => discard(argument, workers),
         "dirty" => set_rate(argument, workers, false),
         "disk" => set_rate(argument, workers, true),
         "reboot" => end(RebootCommand::Restart, report),
@@ -55,10 +56,25 @@ fn obey(command: &str, workers: &[Worker], report: &Report) -> String {
 }
 
 fn verify(workers: &[Worker]) -> String {
+    ask(workers.iter().collect(), Order::Verify)
+}
+
+fn discard(argument: &str, workers: &[Worker]) -> String {
+    match bytes(argument) {
+        Ok(length) => {
+            let disks = workers.iter().filter(|worker| worker.is_disk);
+            ask(disks.collect(), |answer| Order::Discard(length, answer))
+        }
+        Err(why) => format!("error {argument:?} {why}"),
+    }
+}
+
+/// Gives all of `workers` an order, and says what they answer.
+fn ask(workers: Vec<&Worker>, order: impl Fn(Sender<Verdict>) -> Order) -> String {
     let (answer, verdicts) = channel();
-    for worker in workers {
+    for worker in &workers {
         // A worker that is gone is missing among the verdicts below.
-        let _ = worker.orders.send(Order::Verify(answer.clone()));
+        let _ = worker.orders.send(order(answer.clone()));
     }
     drop(answer);
     let verdicts: Vec<_> = verdicts.iter().collect();

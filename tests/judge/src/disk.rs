@@ -111,6 +111,10 @@ impl Disk {
             match orders.try_recv() {
                 Ok(Order::Verify(answer)) => self.verify_all(report, &answer),
                 Ok(Order::Rate(rate)) => self.write.set_rate(rate),
+                Ok(Order::Discard(length, answer)) => {
+                    self.discard(length, report);
+                    self.verify_all(report, &answer);
+                }
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return,
             }
@@ -172,6 +176,17 @@ impl Disk {
         }
         let bytes = self.buffer.bytes(blocks * UNIT);
         self.writer.write_all_at(bytes, offset(first))
+    }
+
+    /// Gives back so many bytes from the start on, to be read as zeroes.
+    fn discard(&mut self, length: u64, report: &Report) {
+        let blocks = index(length / UNIT as u64).min(self.expected.len());
+        for expected in &mut self.expected[..blocks] {
+            *expected = Expected::Zero(expected.next_version());
+        }
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let done = fallocate(&self.writer, hole, 0, offset(blocks));
+        self.said(&done.map_err(Into::into), "discard", 0, report);
     }
 
     fn zero(&mut self, first: usize, blocks: usize) -> std::io::Result<()> {

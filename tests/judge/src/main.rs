@@ -28,6 +28,8 @@ enum Order {
     Verify(Sender<Verdict>),
     /// Write so many bytes per second from now on.
     Rate(u64),
+    /// Discard so many bytes from the start on, then answer as to a check of everything. Disks only.
+    Discard(u64, Sender<Verdict>),
 }
 
 /// Answer of a worker that has checked everything.

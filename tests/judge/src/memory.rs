@@ -64,6 +64,8 @@ impl Memory {
             match orders.try_recv() {
                 Ok(Order::Verify(answer)) => self.verify_all(report, &answer),
                 Ok(Order::Rate(rate)) => self.dirty.set_rate(rate),
+                // Memory is not discarded; whoever asked hears nothing of it.
+                Ok(Order::Discard(..)) => {}
                 Err(TryRecvError::Empty) => {}
                 Err(TryRecvError::Disconnected) => return,
             }

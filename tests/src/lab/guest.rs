@@ -341,6 +341,13 @@ impl Guest {
         self.order(&format!("disk {rate}"))
     }
 
+    /// Has the guest discard so many bytes of each disk, from its start on, and check all of them.
+    pub fn discard(&self, bytes: u64) -> Result<()> {
+        let answer = self.ask_within(&format!("discard {bytes}"), VERIFY_LIMIT)?;
+        ensure!(answer.starts_with("ok"), "the judge says: {answer}");
+        Ok(())
+    }
+
     /// Tells the guest to reboot or to power off (`reboot`, `shutdown`), without waiting for an answer.
     pub fn tell(&self, command: &str) -> Result<()> {
         let pid = self.running_pid()?;

@@ -6,10 +6,11 @@ use std::time::Duration;
 use rustix::process::Signal;
 use serde_json::json;
 use vmferry_tests::harness::hosts::Agent;
-use vmferry_tests::harness::qemu::{Moved, Pair, Side, allocated, committed};
-use vmferry_tests::lab::{Lab, Start};
+use vmferry_tests::harness::qemu::{Moved, Pair, Side, allocated, committed, wait_phase};
+use vmferry_tests::harness::role::Role;
+use vmferry_tests::lab::{Disk, JudgeParams, Lab, Start};
 
-use super::guests::{MIB, VERIFIED, busy, shared_and_direct};
+use super::guests::{MIB, VERIFIED, busy, pair, shared_and_direct};
 
 fn go(pair: &Pair, way: (&Side, &Side), agent: &Agent, more: &[&str]) -> Moved {
     pair.move_guest(way, agent, more).unwrap()
@@ -117,4 +118,53 @@ fn a_guest_with_shared_memory_and_direct_disks_moves_to_a_waiting_qemu_that_neve
     verified_everything(&back);
     assert_eq!(back.pid, hasty.pid());
     assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 2);
+}
+
+#[test]
+fn what_a_guest_discards_while_it_is_copied_is_a_hole_at_the_destination() {
+    const DISCARDED: u64 = 16 * MIB;
+    let Some(lab) = Lab::get() else { return };
+    let guest = lab
+        .guest("discards")
+        .memory_mib(128)
+        .disk(Disk::raw(32 * MIB).prefilled(24 * MIB))
+        .disk(Disk::qcow2(32 * MIB).prefilled(24 * MIB))
+        .judge(JudgeParams {
+            memory: 32 * MIB,
+            disk: 0,
+            ..JudgeParams::default()
+        });
+    let pair = pair(guest.build());
+    pair.expect_launched().unwrap();
+    let source = pair.boot().unwrap();
+    let agent = pair.beta.host.serve(&[]).unwrap();
+    let manual = [&VERIFIED[..], &["--cutover", "manual"]].concat();
+    let begun = pair
+        .alpha
+        .host
+        .start_migrate("discards", agent.port, &manual);
+    let mut migration = begun.unwrap();
+    wait_phase(&mut migration, "converged").unwrap();
+    let before = [0, 1].map(|disk| allocated(&pair.alpha.place.image(disk)).unwrap());
+    let copied = [0, 1].map(|disk| allocated(&pair.beta.place.image(disk)).unwrap());
+    pair.guest.discard(DISCARDED).unwrap();
+    let cutover = pair
+        .alpha
+        .host
+        .ask(Role::Source, "cutover", "discards", &[]);
+    assert_eq!(cutover.unwrap().code(), 0);
+    let done = migration.wait(Duration::from_secs(120)).unwrap();
+    let report = committed(&done, &agent).unwrap();
+    let moved = pair.arrived(source.pid(), &pair.beta, &done, report);
+    verified_everything(&moved.unwrap());
+    for (disk, (before, copied)) in before.into_iter().zip(copied).enumerate() {
+        let left = allocated(&pair.alpha.place.image(disk)).unwrap();
+        let here = allocated(&pair.beta.place.image(disk)).unwrap();
+        println!(
+            "disk {disk}: {before} bytes, {left} after the discard; {copied} there, then {here}"
+        );
+        assert!(left + DISCARDED / 4 < before && here + DISCARDED / 4 < copied);
+        assert!(here <= left + MIB, "disk {disk}");
+    }
+    pair.unbroken(1).unwrap();
 }
