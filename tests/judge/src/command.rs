@@ -56,29 +56,34 @@ fn obey(command: &str, workers: &[Worker], report: &Report) -> String {
 }
 
 fn verify(workers: &[Worker]) -> String {
-    ask(workers.iter().collect(), Order::Verify)
+    ask(workers.iter(), Order::Verify)
 }
 
 fn discard(argument: &str, workers: &[Worker]) -> String {
     match bytes(argument) {
         Ok(length) => {
             let disks = workers.iter().filter(|worker| worker.is_disk);
-            ask(disks.collect(), |answer| Order::Discard(length, answer))
+            ask(disks, |answer| Order::Discard(length, answer))
         }
         Err(why) => format!("error {argument:?} {why}"),
     }
 }
 
 /// Gives all of `workers` an order, and says what they answer.
-fn ask(workers: Vec<&Worker>, order: impl Fn(Sender<Verdict>) -> Order) -> String {
+fn ask<'a>(
+    workers: impl Iterator<Item = &'a Worker>,
+    order: impl Fn(Sender<Verdict>) -> Order,
+) -> String {
     let (answer, verdicts) = channel();
-    for worker in &workers {
+    let mut asked = 0;
+    for worker in workers {
+        asked += 1;
         // A worker that is gone is missing among the verdicts below.
         let _ = worker.orders.send(order(answer.clone()));
     }
     drop(answer);
     let verdicts: Vec<_> = verdicts.iter().collect();
-    let good = verdicts.len() == workers.len() && verdicts.iter().all(|verdict| verdict.bad == 0);
+    let good = verdicts.len() == asked && verdicts.iter().all(|verdict| verdict.bad == 0);
     let mut text = String::from(if good { "ok" } else { "corrupt" });
     for verdict in verdicts {
         text += &format!(" {}:{}:{}", verdict.name, verdict.units, verdict.bad);
