@@ -1,7 +1,7 @@
 //! One task per lane: frames from the wire into the guest, strictly one after the other.
 //!
-//! Owns reading, checking, decoding and writing of frames, differences to what the guest has among them. Does not own positions
-//! (`board`) nor coverage. Invariant:
+//! Owns reading, checking, decoding and writing of frames, differences to what the guest has and duplicates of it (`origins`) among
+//! them. Does not own positions (`board`) nor coverage. Invariant:
 //! nothing is written for a frame whose header, payload and digest have not all been checked, and a frame is either
 //! written whole or, if its lane is stopped, not begun. A lane holds one frame at a time, so memory is bounded by the
 //! number of lanes.
@@ -24,6 +24,7 @@ use vmferry_proto::spec::RegionKind;
 use crate::board::Board;
 use crate::error::guest_to_wire;
 use crate::meter::Meter;
+use crate::origins::{self, Unreadable};
 use crate::session::SessionEvent;
 use crate::sink::{Sink, Target};
 
@@ -92,7 +93,7 @@ impl LaneFailed {
             ApplyError::Payload { source, .. } => {
                 let detail = format!("lane {}: {}", self.lane, chain(&self.error));
                 Some(match source {
-                    CodecError::OtherBases => {
+                    CodecError::OtherBases | CodecError::OtherOrigins => {
                         SessionEvent::GivenUp(WireError::new(ErrorCode::LinkLost, detail))
                     }
                     _ => SessionEvent::Violation(WireError::new(ErrorCode::BadFrame, detail)),
@@ -121,7 +122,7 @@ pub(crate) fn spawn(receiver: LaneReceiver, context: LaneContext) -> JoinHandle<
 struct Applier {
     receiver: LaneReceiver,
     decoder: Decoder,
-    /// What the guest has where a frame of differences goes; kept for its memory.
+    /// What the guest has of what a frame refers to; kept for its memory.
     here: Vec<u8>,
     context: LaneContext,
 }
@@ -172,6 +173,12 @@ impl Applier {
                 read_bases(&target, header, &payload, here).await?;
                 decoder.decode_differences(header, &payload, target.len, here)
             }
+            Encoding::Duplicate => {
+                let origins = origins::of(sink, header, &payload);
+                let origins = origins.map_err(|source| wrong(header, source))?;
+                origins::read(sink, &origins.places, here).await?;
+                decoder.decode_duplicates(header, &origins, target.len, here)
+            }
         };
         let data = decoded.map_err(|source| wrong(header, source))?;
         write(&target, header, data)
@@ -185,6 +192,12 @@ impl Applier {
         let bytes = target.len.bytes_of(header.window, &header.present);
         board.note_applied(receiver.lane(), header.seq, target.kind, u64::from(bytes));
         Ok(())
+    }
+}
+
+impl From<Unreadable> for ApplyError {
+    fn from(Unreadable { region, source }: Unreadable) -> Self {
+        Self::Read { region, source }
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use vmferry_proto::frame::BlockRef;
 use vmferry_proto::geometry::{RegionBits, WindowBits, WindowIndex};
 use vmferry_proto::ids::{Incarnation, RegionId};
 use vmferry_proto::spec::GuestSpec;
@@ -99,6 +100,12 @@ impl Coverage {
         if let Some(kept) = &self.kept {
             kept.note(region, window, bits);
         }
+    }
+
+    /// Whether a block was received.
+    pub(crate) fn has(&self, at: &BlockRef) -> bool {
+        let bits = self.regions.get(usize::from(at.region.0));
+        bits.is_some_and(|slot| lock(slot).bits.get(at.window).contains(u32::from(at.block)))
     }
 
     /// Whether every block of a window that the region has was received.
@@ -198,6 +205,15 @@ mod tests {
         let whole = |window| coverage.is_whole(RegionId(1), WindowIndex(window));
         assert_eq!([0, 1, 2].map(whole), [true, false, false]);
         assert!(!coverage.is_whole(RegionId(2), WindowIndex(0)));
+        let has = |(region, window, block)| {
+            coverage.has(&BlockRef {
+                region: RegionId(region),
+                block,
+                window: WindowIndex(window),
+            })
+        };
+        let asked = [(1, 1, 1), (1, 1, 2), (0, 0, 0), (1, 2, 0), (2, 0, 0)];
+        assert_eq!(asked.map(has), [true, false, true, false, false]);
         coverage.note(RegionId(1), WindowIndex(1), &WindowBits::FULL);
         assert_eq!(coverage.check(), Ok(()));
     }

@@ -36,6 +36,7 @@ mod hooks;
 mod host;
 mod meter;
 mod migration;
+mod origins;
 mod receipt;
 pub mod serve;
 mod server;

@@ -72,6 +72,12 @@ pub enum CodecError {
     /// The frame's differences are to other bytes than those that are here: the peer is not to blame.
     #[error("the blocks here are not those to which the frame has differences")]
     OtherBases,
+    /// The frame's duplicates are of no blocks that can be.
+    #[error("the frame's duplicates are of no use")]
+    Origins(#[source] FrameError),
+    /// The frame's duplicates are of other bytes than those that are here: the peer is not to blame.
+    #[error("the blocks here are not those of which the frame has duplicates")]
+    OtherOrigins,
 }
 
 impl CodecError {
@@ -79,11 +85,12 @@ impl CodecError {
     #[must_use]
     pub fn to_wire(&self) -> Option<WireError> {
         match self {
-            Self::Payload { .. } | Self::Digest | Self::Bases(_) => Some(WireError::new(
-                ErrorCode::BadFrame,
-                format!("bad frame: {self}"),
-            )),
-            Self::Blocks { .. } | Self::Setup { .. } | Self::OtherBases => None,
+            Self::Payload { .. } | Self::Digest | Self::Bases(_) | Self::Origins(_) => Some(
+                WireError::new(ErrorCode::BadFrame, format!("bad frame: {self}")),
+            ),
+            Self::Blocks { .. } | Self::Setup { .. } | Self::OtherBases | Self::OtherOrigins => {
+                None
+            }
         }
     }
 }

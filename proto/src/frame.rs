@@ -14,11 +14,13 @@ use crate::layout;
 use crate::limits;
 
 mod difference;
+mod duplicate;
 mod stream;
 #[cfg(test)]
 mod tests;
 
 pub use difference::Bases;
+pub use duplicate::{BlockRef, Origins};
 pub use stream::{StreamHeader, StreamHeaderError, StreamKind};
 
 /// Version of both layouts of this file; another one is refused.
@@ -33,6 +35,8 @@ pub enum Encoding {
     Zstd,
     /// [`Bases`], then one zstd frame of the blocks, of which some are exclusive-ored with what the destination has there.
     Difference,
+    /// [`Origins`]: some of the blocks are what the destination has elsewhere, the others follow, as they are or as one zstd frame.
+    Duplicate,
 }
 
 /// Header of a data frame.
@@ -157,6 +161,15 @@ pub enum FrameError {
     /// The payload does not begin with what its differences are to.
     #[error("differences to blocks that the frame does not have, or to none")]
     Bases,
+    /// The payload does not say of which blocks its duplicates are.
+    #[error("duplicates that the frame does not have, or with a payload of another length")]
+    Origins,
+    /// A duplicate of what is no whole block of the guest.
+    #[error("a duplicate of block {} of window {} of region {}, which is no whole block of the guest", .0.block, .0.window.0, .0.region)]
+    Origin(BlockRef),
+    /// A duplicate of a block that was not received yet.
+    #[error("a duplicate of block {} of window {} of region {}, which was never received", .0.block, .0.window.0, .0.region)]
+    Unreceived(BlockRef),
     /// The payload's length does not fit encoding and decoded length.
     #[error("payload of {payload_len} bytes for {raw_len} decoded ones in encoding {encoding:?}")]
     PayloadLen {
@@ -181,6 +194,7 @@ impl Encoding {
             Self::Raw => 0,
             Self::Zstd => 1,
             Self::Difference => 2,
+            Self::Duplicate => 3,
         }
     }
 
@@ -189,6 +203,7 @@ impl Encoding {
             0 => Ok(Self::Raw),
             1 => Ok(Self::Zstd),
             2 => Ok(Self::Difference),
+            3 => Ok(Self::Duplicate),
             got => Err(FrameError::Encoding { got }),
         }
     }
@@ -323,6 +338,9 @@ impl FrameHeader {
             Encoding::Zstd => self.payload_len > 0 && self.payload_len <= self.raw_len,
             Encoding::Difference => {
                 self.payload_len as usize > Bases::ENCODED_LEN && self.payload_len <= self.raw_len
+            }
+            Encoding::Duplicate => {
+                self.payload_len as usize >= Origins::LEAST_LEN && self.payload_len <= self.raw_len
             }
         };
         if !fits || self.payload_len > limits::MAX_FRAME_PAYLOAD {

@@ -34,6 +34,8 @@ pub const ZSTD: &str = "zstd";
 pub const COMPARE: &str = "compare";
 /// Frames of encoding 2 may be sent (`[WIRE-52]`).
 pub const DIFFERENCE: &str = "difference";
+/// Frames of encoding 3 may be sent (`[WIRE-54]`).
+pub const DUPLICATE: &str = "duplicate";
 
 /// A set of optional features; unknown names are ignored by the side that does not have them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,7 +45,11 @@ impl Features {
     /// Features of this build.
     #[must_use]
     pub fn supported() -> Self {
-        Self([COMPARE, DIFFERENCE, ZSTD].map(str::to_owned).into())
+        Self(
+            [COMPARE, DIFFERENCE, DUPLICATE, ZSTD]
+                .map(str::to_owned)
+                .into(),
+        )
     }
 
     /// Features that both sides have.

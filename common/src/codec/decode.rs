@@ -1,10 +1,10 @@
 //! Payloads become blocks again.
 //!
-//! Owns the bound on what is made of a payload and the comparison of its digest, and of that of what its differences are to. Where
-//! the bytes go, and where those come from that are here already, is the caller's.
+//! Owns the bound on what is made of a payload and the comparison of its digest, and of that of what it refers to. Where the
+//! bytes go, and where those come from that are here already, is the caller's.
 
-use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader};
-use vmferry_proto::geometry::RegionLen;
+use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader, Origins};
+use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen};
 use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
 use zstd::bulk::Decompressor;
 
@@ -13,9 +13,14 @@ use crate::{digest, kept};
 
 /// Decodes payloads; one per worker, since it keeps zstd's context and what that made of the last payload.
 pub struct Decoder {
-    zstd: Option<Decompressor<'static>>,
+    zstd: Unpacker,
     raw: Vec<u8>,
+    /// The blocks of a frame of duplicates that are none.
+    rest: Vec<u8>,
 }
+
+/// zstd, once it is needed.
+struct Unpacker(Option<Decompressor<'static>>);
 
 impl std::fmt::Debug for Decoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -34,12 +39,13 @@ impl Decoder {
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            zstd: None,
+            zstd: Unpacker(None),
             raw: Vec::new(),
+            rest: Vec::new(),
         }
     }
 
-    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked. Not of a frame of differences.
+    /// The blocks `present` less `zero` of the frame, one behind the other, their digest checked. Not of a frame that refers to what is here.
     ///
     /// The header has passed [`FrameHeader::check`], so `raw_len` fits the blocks and the cap; exactly that much
     /// is allocated and produced, whatever the payload says.
@@ -51,8 +57,12 @@ impl Decoder {
         check_payload(header, payload)?;
         let raw = match header.encoding {
             Encoding::Raw => payload,
-            Encoding::Zstd => self.unpack(header.raw_len, payload)?,
+            Encoding::Zstd => {
+                self.zstd.unpack(header.raw_len, payload, &mut self.raw)?;
+                &self.raw
+            }
             Encoding::Difference => return Err(CodecError::Bases(FrameError::Bases)),
+            Encoding::Duplicate => return Err(CodecError::Origins(FrameError::Origins)),
         };
         check_decoded(header, raw)?;
         Ok(raw)
@@ -72,7 +82,7 @@ impl Decoder {
         if digest::plain(here) != bases.digest {
             return Err(CodecError::OtherBases);
         }
-        self.unpack(header.raw_len, packed)?;
+        self.zstd.unpack(header.raw_len, packed, &mut self.raw)?;
         let data = header.data_blocks();
         let mut here =
             places(region, header.window, &bases.blocks).map(|(_, place)| here.get(place));
@@ -87,21 +97,66 @@ impl Decoder {
         Ok(&self.raw)
     }
 
+    /// The same of a frame of duplicates in a region of length `region`: `there` are the bytes that the destination has in the places that
+    /// [`Origins::split`] found in its payload, one behind the other.
+    pub fn decode_duplicates(
+        &mut self,
+        header: &FrameHeader,
+        origins: &Origins<'_>,
+        region: RegionLen,
+        there: &[u8],
+    ) -> Result<&[u8], CodecError> {
+        if digest::plain(there) != origins.digest {
+            return Err(CodecError::OtherOrigins);
+        }
+        let Self { zstd, raw, rest } = self;
+        let copied = origins.blocks.count() * BLOCK_SIZE;
+        let others = header.raw_len.min(MAX_FRAME_PAYLOAD).saturating_sub(copied);
+        let mut rest = if origins.rest.len() == others as usize {
+            origins.rest
+        } else {
+            zstd.unpack(others, origins.rest, rest)?;
+            rest
+        };
+        let mut there = there;
+        raw.clear();
+        for (block, place) in places(region, header.window, &header.data_blocks()) {
+            let from = if origins.blocks.contains(block) {
+                &mut there
+            } else {
+                &mut rest
+            };
+            // Where one is too short the sum is, which is compared.
+            let (content, behind) = from.split_at_checked(place.len()).unwrap_or_default();
+            raw.extend_from_slice(content);
+            *from = behind;
+        }
+        check_decoded(header, raw)?;
+        Ok(raw)
+    }
+}
+
+impl Unpacker {
     /// Makes `raw` of what zstd packed.
-    fn unpack(&mut self, expected: u32, packed: &[u8]) -> Result<&[u8], CodecError> {
+    fn unpack(
+        &mut self,
+        expected: u32,
+        packed: &[u8],
+        raw: &mut Vec<u8>,
+    ) -> Result<(), CodecError> {
         let wrong = |source| CodecError::Payload { expected, source };
-        let decompressor = match self.zstd.take() {
+        let decompressor = match self.0.take() {
             Some(decompressor) => decompressor,
             None => Decompressor::new().map_err(|error| wrong(Some(error)))?,
         };
-        let decompressor = self.zstd.insert(decompressor);
-        self.raw.resize(expected as usize, 0);
+        let decompressor = self.0.insert(decompressor);
+        raw.resize(expected as usize, 0);
         // A payload that holds more fails for want of room: there is no bomb.
-        let made = decompressor.decompress_to_buffer(packed, &mut self.raw[..]);
+        let made = decompressor.decompress_to_buffer(packed, &mut raw[..]);
         if made.map_err(|error| wrong(Some(error)))? != expected as usize {
             return Err(wrong(None));
         }
-        Ok(&self.raw)
+        Ok(())
     }
 }
 

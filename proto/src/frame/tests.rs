@@ -259,6 +259,22 @@ fn every_broken_rule_is_named() {
             |e| matches!(e, FrameError::PayloadLen { .. }),
         ),
         (
+            "duplicates without origins",
+            |h| {
+                h.encoding = Encoding::Duplicate;
+                h.payload_len = 87;
+            },
+            |e| matches!(e, FrameError::PayloadLen { .. }),
+        ),
+        (
+            "grown duplicates",
+            |h| {
+                h.encoding = Encoding::Duplicate;
+                h.payload_len = 4197;
+            },
+            |e| matches!(e, FrameError::PayloadLen { .. }),
+        ),
+        (
             "zstd of nothing",
             |h| {
                 h.encoding = Encoding::Zstd;
@@ -303,10 +319,10 @@ fn a_frame_holds_no_more_blocks_than_the_cap() {
 #[test]
 fn unknown_versions_encodings_and_kinds_do_not_decode() {
     let mut bytes = header().encode();
-    bytes[1] = 3;
+    bytes[1] = 4;
     assert_eq!(
         FrameHeader::decode(&bytes),
-        Err(FrameError::Encoding { got: 3 })
+        Err(FrameError::Encoding { got: 4 })
     );
     bytes[0] = 0;
     assert_eq!(
