@@ -92,7 +92,7 @@ pub enum LinkError {
     /// The destination closed the control stream without a word.
     #[error("the destination closed the control stream")]
     Closed,
-    /// The destination does not have what a difference was to.
+    /// The destination does not have what a frame referred to.
     #[error("the destination gave the session up: {}", .0.detail)]
     GivenUp(WireError),
     /// An attempt was rolled back; the next one begins with a new session.

@@ -15,18 +15,22 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use vmferry_common::budget::SendBudget;
 use vmferry_common::codec::{
-    Before, Blocks, CodecError, Encoded, Encoder, EncoderPool, KeptBefore,
+    Before, Blocks, CodecError, Elsewhere, Encoded, Encoder, EncoderPool, KeptBefore,
 };
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
+use vmferry_common::duplicates::Duplicates;
 use vmferry_common::kept::KeptBlocks;
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
-use vmferry_common::sent::SentBlocks;
+use vmferry_common::sent::{Secret, SentBlocks};
 use vmferry_hypervisor::{GuestError, RegionReader};
-use vmferry_proto::frame::FrameHeader;
+use vmferry_proto::frame::{Encoding, FrameHeader};
 use vmferry_proto::geometry::{RegionLen, WindowRef};
 use vmferry_proto::ids::Lane;
 use vmferry_proto::ledger::FrameJob;
+use vmferry_proto::message::LaneProgress;
+use vmferry_proto::spec::RegionKind;
+use vmferry_proto::version::{DIFFERENCE, DUPLICATE, Features};
 
 /// Frames waiting at a lane. Enough that a lane never idles while the engine looks at its neighbours;
 /// they are descriptions only, the data is read when their turn comes.
@@ -75,7 +79,8 @@ pub struct LaneCounters {
     zero_blocks: AtomicU64,
     unchanged_blocks: AtomicU64,
     difference_blocks: AtomicU64,
-    /// Set where the destination did not have what a difference was to.
+    duplicate_blocks: AtomicU64,
+    /// Set where the destination did not have what a frame referred to.
     only_whole: AtomicBool,
     raw_bytes: AtomicU64,
     waited_ns: AtomicU64,
@@ -101,6 +106,7 @@ impl LaneCounters {
             zero_blocks: AtomicU64::new(0),
             unchanged_blocks: AtomicU64::new(0),
             difference_blocks: AtomicU64::new(0),
+            duplicate_blocks: AtomicU64::new(0),
             only_whole: AtomicBool::new(false),
             raw_bytes: AtomicU64::new(0),
             waited_ns: AtomicU64::new(0),
@@ -162,7 +168,13 @@ impl LaneCounters {
         self.difference_blocks.load(Ordering::Relaxed)
     }
 
-    /// The sessions to come send no differences.
+    /// Blocks sent as duplicates.
+    #[must_use]
+    pub fn duplicates(&self) -> u64 {
+        self.duplicate_blocks.load(Ordering::Relaxed)
+    }
+
+    /// The sessions to come send no differences and no duplicates.
     pub fn send_only_whole(&self) {
         self.only_whole.store(true, Ordering::Relaxed);
     }
@@ -175,10 +187,12 @@ pub struct LaneJob {
     pub frame: FrameJob,
     /// Length of its region.
     pub len: RegionLen,
+    /// Kind of its region.
+    pub kind: RegionKind,
     /// Reader of its region.
     pub reader: Arc<dyn RegionReader>,
-    /// Whether it may go as differences, and if so, whether it is likely to be sent once more.
-    pub differ: Option<Again>,
+    /// Whether it is likely to be sent once more.
+    pub again: Again,
 }
 
 /// Whether the blocks of a frame are likely to be sent once more.
@@ -203,6 +217,7 @@ pub struct LaneFailed {
 #[derive(Debug)]
 pub struct Lanes {
     handles: Vec<LaneHandle>,
+    duplicates: Option<Arc<Duplicates>>,
     moved: Arc<Notify>,
 }
 
@@ -216,20 +231,26 @@ pub struct LaneHandle {
 }
 
 impl Lanes {
-    /// Starts a task for each stream, which sends `differences` if the peer takes them.
+    /// Starts a task for each stream; the guest has so many `blocks`, and both sides have `features`.
     #[must_use]
     pub fn start(
         senders: Vec<LaneSender>,
         pacer: &Pacer,
         counters: &Arc<LaneCounters>,
-        differences: bool,
+        features: &Features,
+        blocks: u64,
         failed: &mpsc::UnboundedSender<LaneFailed>,
     ) -> Self {
         let moved = Arc::new(Notify::new());
         let pool: Arc<EncoderPool> = Arc::default();
         let (workers, lanes) = (workers(), senders.len());
         let looks = !counters.compress().0.is_off();
-        let differs = looks && differences && !counters.only_whole.load(Ordering::Relaxed);
+        let refers = looks && !counters.only_whole.load(Ordering::Relaxed);
+        let differs = refers && features.has(DIFFERENCE);
+        let count = u8::try_from(lanes).unwrap_or(u8::MAX);
+        let duplicates =
+            (refers && features.has(DUPLICATE)).then(|| Arc::new(Duplicates::new(count, blocks)));
+        let secret = Secret::new();
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let start = |sender: LaneSender| {
             let budget = budgets
@@ -241,8 +262,9 @@ impl Lanes {
                 lane: sender.lane(),
                 sender,
                 encoder: Encoder::of(pool.clone()),
-                sent: looks.then(|| SentBlocks::of_one(lanes)),
+                sent: looks.then(|| SentBlocks::of_one(lanes, secret.clone())),
                 kept: differs.then(|| KeptBlocks::of_one(lanes)),
+                duplicates: duplicates.clone(),
                 budget: budget.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
@@ -257,7 +279,27 @@ impl Lanes {
             }
         };
         let handles = senders.into_iter().map(start).collect();
-        Self { handles, moved }
+        Self {
+            handles,
+            duplicates,
+            moved,
+        }
+    }
+
+    /// The destination said how far it is.
+    pub fn on_progress(&self, lanes: &[LaneProgress]) {
+        if let Some(duplicates) = &self.duplicates {
+            for lane in lanes {
+                duplicates.on_applied(lane.lane, lane.applied);
+            }
+        }
+    }
+
+    /// No block goes as a duplicate from here on.
+    pub fn end_duplicates(&self) {
+        if let Some(duplicates) = &self.duplicates {
+            duplicates.close();
+        }
     }
 
     /// The lanes, by number.
@@ -314,6 +356,8 @@ struct Worker {
     sent: Option<SentBlocks>,
     /// `None` as well where the peer does not take differences.
     kept: Option<KeptBlocks>,
+    /// `None` as well where the peer does not take duplicates, and from the first block on that is sent for the second time.
+    duplicates: Option<Arc<Duplicates>>,
     budget: Arc<SendBudget>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
@@ -344,6 +388,7 @@ impl Worker {
     }
 
     async fn send(&mut self, job: &LaneJob) -> Result<(), LaneError> {
+        self.settle_duplicates(&job.frame).await;
         let LaneJob {
             frame, len, reader, ..
         } = job;
@@ -374,7 +419,7 @@ impl Worker {
             known_zero: frame.known_zero,
             bytes: &[],
         };
-        let encoded = self.encode(&blocks, job.differ)?;
+        let encoded = self.encode(&blocks, job)?;
         self.count(&encoded);
         let header = encoded.header(frame.seq);
         let began = Instant::now();
@@ -387,26 +432,52 @@ impl Worker {
         Ok(())
     }
 
-    /// Encodes what was read, as the policy says, and tells it what came of that.
-    fn encode(&mut self, blocks: &Blocks<'_>, again: Option<Again>) -> Result<Encoded, CodecError> {
-        let (level, differ) = {
-            let policy = &mut self.counters.compress().0;
-            (policy.next_level(), policy.differs())
+    /// What goes for the second time must not be referred to any more. Asked before there is room for the frame: whoever refers goes on.
+    async fn settle_duplicates(&mut self, frame: &FrameJob) {
+        let at = WindowRef {
+            region: frame.region,
+            window: frame.window,
         };
-        let kept = self.kept.as_mut().zip(again);
-        let kept = kept.map(|(blocks, again)| KeptBefore {
+        let sent = self.sent.as_ref();
+        if sent.is_some_and(|sent| sent.has_any(at, &frame.blocks))
+            && let Some(duplicates) = self.duplicates.take()
+        {
+            duplicates.end().await;
+        }
+    }
+
+    /// Encodes what was read, as the policy says, and tells it what came of that.
+    fn encode(&mut self, blocks: &Blocks<'_>, job: &LaneJob) -> Result<Encoded, CodecError> {
+        let (level, refers) = {
+            let policy = &mut self.counters.compress().0;
+            (policy.next_level(), policy.refers())
+        };
+        // The destination reads what it has there, which of a disk may take longer than the bytes.
+        let of_memory = job.kind == RegionKind::Memory;
+        let kept = self.kept.as_mut().filter(|_| of_memory);
+        let kept = kept.map(|blocks| KeptBefore {
             blocks,
-            again: again == Again::Likely,
-            differ,
+            again: job.again == Again::Likely,
+            differ: refers,
         });
-        let before = self.sent.as_mut().map(|sent| Before { sent, kept });
+        let duplicates = self.duplicates.as_deref().filter(|_| refers);
+        let elsewhere = duplicates.map(|duplicates| Elsewhere {
+            duplicates,
+            kind: job.kind,
+            seq: job.frame.seq,
+        });
+        let before = self.sent.as_mut().map(|sent| Before {
+            sent,
+            kept,
+            elsewhere,
+        });
         let encoded = self.encoder.encode_filled(blocks, level, before)?;
         if let Some(time) = encoded.compress_time {
             let policy = &mut self.counters.compress().0;
-            if encoded.differences.is_empty() {
+            if encoded.by_reference.is_empty() {
                 policy.on_compressed(encoded.raw_len, encoded.payload.len(), time);
             } else {
-                policy.on_differences(time);
+                policy.on_referring(time);
             }
         }
         Ok(encoded)
@@ -423,10 +494,15 @@ impl Worker {
         self.counters
             .unchanged_blocks
             .fetch_add(unchanged, Ordering::Relaxed);
-        let differences = u64::from(encoded.differences.count());
-        self.counters
-            .difference_blocks
-            .fetch_add(differences, Ordering::Relaxed);
+        let by_reference = match encoded.encoding {
+            Encoding::Raw | Encoding::Zstd => None,
+            Encoding::Difference => Some(&self.counters.difference_blocks),
+            Encoding::Duplicate => Some(&self.counters.duplicate_blocks),
+        };
+        if let Some(blocks) = by_reference {
+            let count = u64::from(encoded.by_reference.count());
+            blocks.fetch_add(count, Ordering::Relaxed);
+        }
         self.counters
             .raw_bytes
             .fetch_add(u64::from(encoded.raw_len), Ordering::Relaxed);

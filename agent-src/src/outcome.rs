@@ -61,6 +61,7 @@ pub(crate) fn summarise(
     report.resent_blocks = ended.sent.resent_blocks;
     report.unchanged_blocks = ended.sent.unchanged_blocks;
     report.difference_blocks = ended.sent.difference_blocks;
+    report.duplicate_blocks = ended.sent.duplicate_blocks;
     report.device_state_bytes = stats.device_state_bytes;
     report.guest_stall_ms = Millis(stats.longest_hold);
     report.barrier_stall_ms = Millis(stats.longest_barrier);

@@ -74,6 +74,8 @@ pub struct Report {
     pub unchanged_blocks: u64,
     /// Blocks of 4 KiB that were sent as the difference to what had been sent before.
     pub difference_blocks: u64,
+    /// Blocks of 4 KiB that were sent as a reference to another block of the guest, since the destination had the same there.
+    pub duplicate_blocks: u64,
     /// Size of the device state.
     pub device_state_bytes: u64,
     /// Longest time for which the copy held the running guest at a time: scan, re-arm, barrier.
@@ -234,6 +236,7 @@ impl Report {
             resent_blocks: 0,
             unchanged_blocks: 0,
             difference_blocks: 0,
+            duplicate_blocks: 0,
             device_state_bytes: 0,
             guest_stall_ms: Millis::default(),
             barrier_stall_ms: Millis::default(),

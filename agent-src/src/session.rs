@@ -26,7 +26,7 @@ use vmferry_proto::ids::{
 use vmferry_proto::message::{Hello, Offer, ToDestination, ToSource, Welcome};
 use vmferry_proto::session_source::{SourceSession, SourceSessionEvent};
 use vmferry_proto::spec::GuestSpec;
-use vmferry_proto::version::{COMPARE, DIFFERENCE, Features, SUPPORTED};
+use vmferry_proto::version::{COMPARE, Features, SUPPORTED};
 
 use crate::error::{LinkError, MigrateError};
 use crate::lanes::{LaneCounters, LaneError, LaneFailed, Lanes};
@@ -231,7 +231,7 @@ impl Session {
             .await
     }
 
-    /// Opens the lanes, after `Ready`.
+    /// Opens the lanes, after `Ready`, for a guest of so many `blocks`.
     ///
     /// # Errors
     /// The link.
@@ -240,6 +240,7 @@ impl Session {
         count: u8,
         pacer: &Pacer,
         counters: &Arc<LaneCounters>,
+        blocks: u64,
     ) -> Result<(), LinkError> {
         let mut senders = Vec::new();
         for lane in (0..count).map(Lane) {
@@ -247,8 +248,8 @@ impl Session {
             let opened = LaneSender::open(connection, self.header, lane, &self.peer).await;
             senders.push(opened.map_err(|error| LinkError::Lane(error.into()))?);
         }
-        let differences = self.welcome.features.has(DIFFERENCE);
-        let lanes = Lanes::start(senders, pacer, counters, differences, &self.failures);
+        let features = &self.welcome.features;
+        let lanes = Lanes::start(senders, pacer, counters, features, blocks, &self.failures);
         self.lanes = Some(lanes);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The window codec: blocks of a window become a frame's payload, and back.
 //!
-//! Owns the zero test, compression, differences and the digest of the raw bytes; the frame's layout is
+//! Owns the zero test, compression, differences, duplicates and the digest of the raw bytes; the frame's layout is
 //! `vmferry_proto::frame`'s and where bytes come from or go to is the caller's. Invariants: guest memory was
 //! copied before it came here and is copied at most once more, and a peer cannot make the decoder produce
 //! more bytes than the checked header announced.
@@ -11,16 +11,19 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader, LAYOUT_VERSION};
+use vmferry_proto::frame::{Bases, BlockRef, Encoding, FrameError, FrameHeader, LAYOUT_VERSION};
 use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen, WindowBits, WindowIndex, WindowRef};
 use vmferry_proto::ids::FrameSeq;
 use vmferry_proto::limits::MAX_FRAME_BLOCKS;
+use vmferry_proto::spec::RegionKind;
 
 use crate::digest::{self, PlainDigest};
+use crate::duplicates::Duplicates;
 use crate::kept::{self, KeptBlocks};
 use crate::sent::{SentBlocks, SentWindow};
 
 mod decode;
+mod duplicate;
 mod press;
 
 pub use decode::Decoder;
@@ -106,8 +109,8 @@ pub struct Encoded {
     pub zero: WindowBits,
     /// Blocks that were given and are not in the frame: they are as they were sent before.
     pub unchanged: WindowBits,
-    /// Blocks that go as differences to what was sent before.
-    pub differences: WindowBits,
+    /// Blocks that go by reference to what the destination has: as differences or as duplicates, which `encoding` says.
+    pub by_reference: WindowBits,
     /// Encoding of the payload.
     pub encoding: Encoding,
     /// Bytes of the blocks that are not zero.
@@ -162,6 +165,19 @@ pub struct Before<'a> {
     pub sent: &'a mut SentBlocks,
     /// Content of blocks of memory that are written again and again, if the peer takes differences.
     pub kept: Option<KeptBefore<'a>>,
+    /// What the destination has elsewhere, if the peer takes duplicates and they are worth the time now.
+    pub elsewhere: Option<Elsewhere<'a>>,
+}
+
+/// What all lanes of a session sent, for a frame of which no block was sent before.
+#[derive(Debug, Clone, Copy)]
+pub struct Elsewhere<'a> {
+    /// The blocks, by content.
+    pub duplicates: &'a Duplicates,
+    /// What the frame's window is of.
+    pub kind: RegionKind,
+    /// Number of the frame: it is the next one of its lane.
+    pub seq: FrameSeq,
 }
 
 /// Content that was sent before, and what is to be done with it.
@@ -229,46 +245,65 @@ impl Encoder {
 
     /// As [`encode`](Self::encode), of what was filled into [`room`](Self::room): where no block is zero, nothing is
     /// copied any more. `blocks.bytes` is not looked at. What was sent `before` saves bytes: blocks that are as they were then are
-    /// left out, and some that are nearly so go as differences.
+    /// left out, some that are nearly so go as differences, and what another block brought goes as a duplicate of that.
     pub fn encode_filled(
         &mut self,
         blocks: &Blocks<'_>,
         level: Option<i32>,
         before: Option<Before<'_>>,
     ) -> Result<Encoded, CodecError> {
-        let (sent, kept) = before.map_or((None, None), |before| (Some(before.sent), before.kept));
-        let shape = self.compact(blocks, sent)?;
-        self.finish(blocks, &shape, level, kept)
+        let Some(Before {
+            sent,
+            kept,
+            elsewhere,
+        }) = before
+        else {
+            let shape = self.compact(blocks, None)?;
+            return self.finish(blocks, &shape, level, (None, Vec::new()));
+        };
+        let shape = self.compact(blocks, Some(sent))?;
+        let found = elsewhere.map_or_else(Vec::new, |elsewhere| {
+            elsewhere.find(blocks, sent.contents(blocks.window, &shape.data))
+        });
+        self.finish(blocks, &shape, level, (kept, found))
     }
 
-    /// Makes the frame of what is in `raw`.
+    /// Makes the frame of what is in `raw`, by reference to what was kept of it or was found elsewhere where that saves bytes.
     fn finish(
         &mut self,
         blocks: &Blocks<'_>,
         shape: &Shape,
         level: Option<i32>,
-        kept: Option<KeptBefore<'_>>,
+        (kept, found): (Option<KeptBefore<'_>>, Vec<(u32, BlockRef)>),
     ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
         let started = Instant::now();
         let level = level.filter(|_| !self.raw.is_empty());
+        let kept = kept.map(|kept| KeptBefore {
+            // A frame has one or the other.
+            differ: kept.differ && found.is_empty(),
+            ..kept
+        });
         let differences = match kept {
             Some(kept) => self.differences(blocks, shape, level, kept)?,
             None => None,
         };
-        let packed = match (&differences, level) {
-            (None, Some(level)) => self.compress(level)?,
-            (Some(_), _) | (None, None) => None,
+        let (encoding, by_reference, payload) = if !found.is_empty() {
+            let (duplicates, payload) = self.duplicates(blocks, shape, level, &found)?;
+            (Encoding::Duplicate, duplicates, payload)
+        } else if let Some((differences, payload)) = differences {
+            (Encoding::Difference, differences, payload)
+        } else {
+            let packed = level.map(|level| self.compress(level, &[], &self.raw));
+            match packed.transpose()?.flatten() {
+                Some(packed) => (Encoding::Zstd, WindowBits::EMPTY, packed),
+                None => (Encoding::Raw, WindowBits::EMPTY, self.payload()),
+            }
         };
-        let tried = level.is_some() || differences.is_some();
+        let tried = level.is_some() || !by_reference.is_empty();
         let compress_time = tried.then(|| started.elapsed());
-        let (encoding, payload, of) = match (differences, packed) {
-            (Some((of, payload)), _) => (Encoding::Difference, payload, of),
-            (None, Some(packed)) => (Encoding::Zstd, packed, WindowBits::EMPTY),
-            (None, None) => (Encoding::Raw, self.payload(), WindowBits::EMPTY),
-        };
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
             drop(self.pool.buffers.lend(std::mem::take(&mut self.raw)));
@@ -278,7 +313,7 @@ impl Encoder {
             present: shape.zero.or(&shape.data),
             zero: shape.zero,
             unchanged: shape.unchanged,
-            differences: of,
+            by_reference,
             encoding,
             raw_len,
             digest,
@@ -408,11 +443,16 @@ impl Encoder {
         Ok(shape)
     }
 
-    /// `None` where it would not get smaller.
-    fn compress(&self, level: i32) -> Result<Option<Bytes>, CodecError> {
+    /// `head` and, behind it, `content` compressed; `None` where that would not get smaller.
+    fn compress(
+        &self,
+        level: i32,
+        head: &[u8],
+        content: &[u8],
+    ) -> Result<Option<Bytes>, CodecError> {
         let setup = |source| CodecError::Setup { level, source };
         let mut press = self.pool.press(level).map_err(setup)?;
-        let packed = press.pack(&[], &self.raw).map_err(setup)?;
+        let packed = press.pack(head, content).map_err(setup)?;
         self.pool.presses().push(press);
         Ok(packed)
     }
@@ -482,6 +522,8 @@ mod tests {
     use proptest::prelude::*;
     use vmferry_proto::ids::RegionId;
     use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
+
+    use crate::sent::Secret;
 
     const WINDOW: WindowRef = WindowRef {
         region: RegionId(0),
@@ -725,7 +767,7 @@ mod tests {
         ) {
             let mut encoder = Encoder::new();
             let mut decoder = Decoder::new();
-            let mut sent = SentBlocks::of_one(1);
+            let mut sent = SentBlocks::of_one(1, Secret::new());
             let mut kept = KeptBlocks::of_one(lanes);
             let mut there: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
             for pass in passes {
@@ -746,6 +788,7 @@ mod tests {
                 let before = Before {
                     sent: &mut sent,
                     kept: Some(KeptBefore { blocks: &mut kept, again: true, differ: true }),
+                    elsewhere: None,
                 };
                 let encoded = encoder.encode_filled(&blocks, level, Some(before)).unwrap();
                 let header = encoded.header(FrameSeq(1));
@@ -817,7 +860,7 @@ mod tests {
 
     /// Two copies of three random blocks, the second with a few other words: what the destination has, and the second frame.
     fn differing() -> (BTreeMap<u32, Vec<u8>>, Encoded) {
-        let (mut sent, mut kept) = (SentBlocks::of_one(1), KeptBlocks::of_one(1));
+        let (mut sent, mut kept) = (SentBlocks::of_one(1, Secret::new()), KeptBlocks::of_one(1));
         let mut encoder = Encoder::new();
         let (read, first) = content(&[(0, 2), (1, 2), (5, 2)]);
         let mut encode = |bytes: &[u8]| {
@@ -836,6 +879,7 @@ mod tests {
                     again: true,
                     differ: true,
                 }),
+                elsewhere: None,
             };
             encoder.encode_filled(&blocks, None, Some(before)).unwrap()
         };
@@ -850,7 +894,7 @@ mod tests {
     fn nearly_the_same_goes_as_a_difference_and_only_to_what_it_is_to() {
         let (mut there, encoded) = differing();
         assert_eq!(encoded.encoding, Encoding::Difference);
-        assert_eq!(encoded.differences.count(), 3);
+        assert_eq!(encoded.by_reference.count(), 3);
         assert!(encoded.payload.len() < 400, "{}", encoded.payload.len());
         let header = encoded.header(FrameSeq(1));
         let mut decoder = Decoder::new();

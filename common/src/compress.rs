@@ -196,9 +196,9 @@ impl CompressPolicy {
         self.mode == CompressMode::Off
     }
 
-    /// Whether differences are worth their time: raw is only for what cannot be compressed, not for what takes too long.
+    /// Whether differences and duplicates are worth their time: raw is only for what cannot be compressed, not for what takes too long.
     #[must_use]
-    pub const fn differs(&self) -> bool {
+    pub const fn refers(&self) -> bool {
         match self.mode {
             CompressMode::Off => false,
             CompressMode::Level(_) => true,
@@ -206,8 +206,8 @@ impl CompressPolicy {
         }
     }
 
-    /// A frame went as differences, which took this time. How much smaller it got says nothing of other content.
-    pub fn on_differences(&mut self, time: Duration) {
+    /// A frame went as differences or with duplicates, which took this time. How much smaller it got says nothing of other content.
+    pub fn on_referring(&mut self, time: Duration) {
         self.packing += time;
     }
 
@@ -571,7 +571,7 @@ mod tests {
             assert_eq!(off.next_level(), None);
             assert_eq!(three.next_level(), Some(3));
         }
-        assert!(three.differs() && !off.differs());
+        assert!(three.refers() && !off.refers());
         for (text, mode) in [
             ("auto", CompressMode::Auto),
             ("off", CompressMode::Off),

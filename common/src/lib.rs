@@ -12,6 +12,7 @@ pub mod compress;
 pub mod congestion;
 pub mod control;
 pub mod digest;
+pub mod duplicates;
 pub mod endpoint;
 pub mod hooks;
 pub mod identity;

@@ -4,13 +4,14 @@
 //! window always travels on one lane, whose frames are applied in their order, so what was sent last is what the destination will have
 //! when the next frame is applied. Invariant: it lives no longer than its lane; what a lost session left behind is not known here.
 //!
-//! The digest is XXH3 with a secret of this process's making, which no guest sees: two contents of one digest are an accident
+//! The digest is XXH3 with a secret of this process's making, which no guest sees and all lanes of a session share: two contents of one digest are an accident
 //! (1 in 2^64 for each block that is looked at) and nothing that a guest can prepare.
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
-use vmferry_proto::geometry::{WINDOW_BLOCKS, WindowRef};
+use vmferry_proto::geometry::{WINDOW_BLOCKS, WindowBits, WindowRef};
 use xxhash_rust::const_xxh3::const_custom_default_secret;
 use xxhash_rust::xxh3::xxh3_64_with_secret;
 
@@ -24,9 +25,37 @@ const ZERO: u64 = 1;
 /// Bytes of the secret.
 const SECRET_LEN: usize = 192;
 
+/// What makes the digests of one session ones that nobody else can make.
+#[derive(Clone)]
+pub struct Secret(Arc<[u8; SECRET_LEN]>);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secret").finish_non_exhaustive()
+    }
+}
+
+impl Default for Secret {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Secret {
+    /// A fresh one.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut seed = [0; 8];
+        // Without random bytes digests are still right, only not secret; and nothing else of a session works without them.
+        let _ = getrandom::fill(&mut seed);
+        let secret = const_custom_default_secret(u64::from_le_bytes(seed));
+        Self(Arc::new(secret))
+    }
+}
+
 /// What one lane has sent.
 pub struct SentBlocks {
-    secret: [u8; SECRET_LEN],
+    secret: Secret,
     windows: HashMap<WindowRef, Box<[u64; WINDOW_BLOCKS as usize]>>,
     most: usize,
 }
@@ -46,14 +75,11 @@ impl fmt::Debug for SentBlocks {
 }
 
 impl SentBlocks {
-    /// For one of `lanes` lanes.
+    /// For one of `lanes` lanes, which have this secret together.
     #[must_use]
-    pub fn of_one(lanes: usize) -> Self {
-        let mut seed = [0; 8];
-        // Without random bytes digests are still right, only not secret; and nothing else of a session works without them.
-        let _ = getrandom::fill(&mut seed);
+    pub fn of_one(lanes: usize, secret: Secret) -> Self {
         Self {
-            secret: const_custom_default_secret(u64::from_le_bytes(seed)),
+            secret,
             windows: HashMap::new(),
             most: MOST_WINDOWS.div_ceil(lanes.max(1)),
         }
@@ -66,9 +92,34 @@ impl SentBlocks {
             self.windows.entry(window).or_insert_with(new).as_mut()
         });
         SentWindow {
-            secret: &self.secret,
+            secret: &self.secret.0,
             digests,
         }
+    }
+
+    /// Whether any of these blocks is known to have been sent.
+    #[must_use]
+    pub fn has_any(&self, window: WindowRef, blocks: &WindowBits) -> bool {
+        self.digests(window, blocks)
+            .any(|(_, digest)| digest != UNKNOWN)
+    }
+
+    /// Those of these blocks of which content is known to have been sent, with its digest.
+    pub(crate) fn contents(
+        &self,
+        window: WindowRef,
+        blocks: &WindowBits,
+    ) -> impl Iterator<Item = (u32, u64)> {
+        self.digests(window, blocks)
+            .filter(|(_, digest)| *digest > ZERO)
+    }
+
+    fn digests(&self, window: WindowRef, blocks: &WindowBits) -> impl Iterator<Item = (u32, u64)> {
+        let known = self.windows.get(&window).into_iter();
+        known.flat_map(|known| {
+            let digest = |block: u32| known.get(block as usize).map(|digest| (block, *digest));
+            blocks.iter().filter_map(digest)
+        })
     }
 }
 
@@ -109,7 +160,7 @@ mod tests {
 
     #[test]
     fn only_what_is_as_it_was_sent_last_is_known() {
-        let mut sent = SentBlocks::of_one(16);
+        let mut sent = SentBlocks::of_one(16, Secret::new());
         let mut window = sent.window(at(3));
         assert!(!window.is_as_before(7, b"one"));
         assert!(window.is_as_before(7, b"one"));
@@ -125,7 +176,7 @@ mod tests {
 
     #[test]
     fn windows_beyond_the_bound_are_not_remembered() {
-        let mut sent = SentBlocks::of_one(MOST_WINDOWS / 2);
+        let mut sent = SentBlocks::of_one(MOST_WINDOWS / 2, Secret::new());
         for window in 0..3 {
             assert!(!sent.window(at(window)).is_as_before(0, b"x"));
         }
@@ -135,7 +186,21 @@ mod tests {
     }
 
     #[test]
-    fn every_lane_has_a_secret_of_its_own() {
-        assert_ne!(SentBlocks::of_one(1).secret, SentBlocks::of_one(1).secret);
+    fn every_session_has_a_secret_of_its_own() {
+        assert_ne!(Secret::new().0, Secret::new().0);
+    }
+
+    #[test]
+    fn what_was_sent_is_known_by_block() {
+        let mut sent = SentBlocks::of_one(1, Secret::new());
+        let mut window = sent.window(at(3));
+        window.is_as_before(7, b"one");
+        window.is_zero_as_before(8);
+        let any = |window, from, to| sent.has_any(at(window), &WindowBits::span(from, to));
+        assert!(any(3, 0, 8) && any(3, 8, 9));
+        assert!(!any(3, 9, 512) && !any(4, 0, 512));
+        let contents = sent.contents(at(3), &WindowBits::FULL);
+        let blocks: Vec<u32> = contents.map(|(block, _)| block).collect();
+        assert_eq!(blocks, [7]);
     }
 }

@@ -299,9 +299,9 @@ impl Migration {
                 let job = LaneJob {
                     frame,
                     len: spec.len,
+                    kind: spec.kind,
                     reader: reader.clone(),
-                    // The destination reads what it has there, which of a disk may take longer than the bytes.
-                    differ: (spec.kind == RegionKind::Memory).then_some(again),
+                    again,
                 };
                 if !lane.push(job) {
                     // Its task has failed and says why on its own way.
@@ -316,6 +316,9 @@ impl Migration {
         self.ledger
             .on_progress(lanes)
             .map_err(|error| MigrateError::Protocol(error.into()))?;
+        if let Some(own) = self.session.as_ref().and_then(Session::lanes) {
+            own.on_progress(lanes);
+        }
         Ok(())
     }
 }

@@ -133,7 +133,7 @@ impl Migration {
 
     fn interpret(&mut self, ready: Ready) -> Option<Input> {
         match ready {
-            // `[WIRE-53]`: nothing was sent yet in the next session, so everything goes whole.
+            // `[WIRE-53]`, `[WIRE-56]`: nothing was sent yet in the next session, so everything goes whole.
             Ready::Link(Ok(ToSource::Error(error))) if error.code == ErrorCode::LinkLost => {
                 self.counters.send_only_whole();
                 Some(self.lost(LinkError::GivenUp(error)))

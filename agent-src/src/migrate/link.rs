@@ -60,9 +60,10 @@ impl Migration {
         if ready.resume.is_some() {
             tracing::debug!(?resumed, "the copy goes on");
         }
+        let blocks = spec.regions.iter().map(|region| region.len.blocks()).sum();
         let session = self.session.as_mut().ok_or(NoSession)?;
         session
-            .open_lanes(self.options.lanes, &self.pacer, &self.counters)
+            .open_lanes(self.options.lanes, &self.pacer, &self.counters, blocks)
             .await
             .map_err(MigrateError::SessionLost)
     }

@@ -152,6 +152,8 @@ pub struct Sent {
     pub unchanged_blocks: u64,
     /// Blocks sent as differences to what was sent before.
     pub difference_blocks: u64,
+    /// Blocks sent as duplicates of others.
+    pub duplicate_blocks: u64,
 }
 
 /// What a migration came to.
@@ -282,6 +284,7 @@ impl Migration {
                     .saturating_sub(self.counters.unchanged()),
                 unchanged_blocks: self.counters.unchanged(),
                 difference_blocks: self.counters.differences(),
+                duplicate_blocks: self.counters.duplicates(),
             },
             end: self.end,
             rolled_back: self.last_rollback,
@@ -373,6 +376,10 @@ impl Migration {
     /// One attempt: `Ok` also when it was rolled back and another one may follow.
     async fn cut_over(&mut self) -> Result<(), MigrateError> {
         self.enter(Phase::Pause).await?;
+        // Their table is given back while the guest runs, and no frame of the stop refers to another block.
+        if let Some(lanes) = self.session.as_ref().and_then(Session::lanes) {
+            lanes.end_duplicates();
+        }
         let run_state = self.guest.run_state().await?;
         self.feed(SourceEvent::BeginCutover { run_state }).await;
         while self.end.is_none() && !self.left_in_doubt && !self.handover.is_copying() {

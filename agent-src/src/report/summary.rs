@@ -235,7 +235,13 @@ fn totals(report: &Report) -> String {
         ),
     );
     total("sent", sent(report));
-    if report.zero_blocks > 0 || report.resent_blocks > 0 || report.unchanged_blocks > 0 {
+    let counts = [
+        report.zero_blocks,
+        report.resent_blocks,
+        report.unchanged_blocks,
+        report.duplicate_blocks,
+    ];
+    if counts.iter().any(|count| *count > 0) {
         let mut blocks = format!(
             "{} zero, {} sent again",
             report.zero_blocks, report.resent_blocks
@@ -249,6 +255,9 @@ fn totals(report: &Report) -> String {
         }
         if report.difference_blocks > 0 {
             let _ = write!(blocks, ", {} as differences", report.difference_blocks);
+        }
+        if report.duplicate_blocks > 0 {
+            let _ = write!(blocks, ", {} as duplicates", report.duplicate_blocks);
         }
         total("blocks", blocks);
     }

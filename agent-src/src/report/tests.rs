@@ -97,7 +97,7 @@ fn the_object_has_the_fields_that_scripts_rely_on() {
         |value: &Value| -> Vec<String> { value.as_object().unwrap().keys().cloned().collect() };
     assert_eq!(
         names(&value).join(" "),
-        "attempts barrier_stall_ms device_state_bytes difference_blocks disk_bytes downtime_ms downtime_parts error exit_code guest \
+        "attempts barrier_stall_ms device_state_bytes difference_blocks disk_bytes downtime_ms downtime_parts duplicate_blocks error exit_code guest \
          guest_now guest_stall_ms kept_bytes memory_bytes migration_id outcome peer raw_bytes resent_blocks rounds \
          sessions total_ms unchanged_blocks verified what_is_true_now what_to_do wire_bytes zero_blocks"
     );
