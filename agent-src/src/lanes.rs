@@ -6,9 +6,8 @@
 //! not change under it. Owns neither the ledger nor any decision.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -17,20 +16,22 @@ use vmferry_common::budget::SendBudget;
 use vmferry_common::codec::{
     Before, Blocks, CodecError, Elsewhere, Encoded, Encoder, EncoderPool, KeptBefore,
 };
-use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
 use vmferry_common::duplicates::Duplicates;
 use vmferry_common::kept::KeptBlocks;
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
 use vmferry_common::sent::{Secret, SentBlocks};
 use vmferry_hypervisor::{GuestError, RegionReader};
-use vmferry_proto::frame::{Encoding, FrameHeader};
 use vmferry_proto::geometry::{RegionLen, WindowRef};
 use vmferry_proto::ids::Lane;
 use vmferry_proto::ledger::FrameJob;
 use vmferry_proto::message::LaneProgress;
 use vmferry_proto::spec::RegionKind;
 use vmferry_proto::version::{DIFFERENCE, DUPLICATE, Features};
+
+mod counters;
+
+pub use counters::LaneCounters;
 
 /// Frames waiting at a lane. Enough that a lane never idles while the engine looks at its neighbours;
 /// they are descriptions only, the data is read when their turn comes.
@@ -69,115 +70,6 @@ impl LaneError {
 /// Threads that read and encode at once.
 fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
-}
-
-/// What all lanes of a migration have done so far, and the choice of compression that follows from it. The
-/// counters are read without a lock; the policy is asked once a frame.
-#[derive(Debug)]
-pub struct LaneCounters {
-    wire_bytes: AtomicU64,
-    zero_blocks: AtomicU64,
-    unchanged_blocks: AtomicU64,
-    difference_blocks: AtomicU64,
-    duplicate_blocks: AtomicU64,
-    /// Set where the destination did not have what a frame referred to.
-    only_whole: AtomicBool,
-    raw_bytes: AtomicU64,
-    waited_ns: AtomicU64,
-    began: Instant,
-    compress: Mutex<(CompressPolicy, Mark)>,
-}
-
-/// The counters at the end of the last interval that the policy was told of.
-#[derive(Debug, Clone, Copy, Default)]
-struct Mark {
-    at: Duration,
-    raw_bytes: u64,
-    waited_ns: u64,
-}
-
-impl LaneCounters {
-    /// Nothing done yet; frames are compressed as `mode` says.
-    #[must_use]
-    pub fn new(mode: CompressMode) -> Self {
-        let policy = CompressPolicy::new(mode, u32::try_from(workers()).unwrap_or(u32::MAX));
-        Self {
-            wire_bytes: AtomicU64::new(0),
-            zero_blocks: AtomicU64::new(0),
-            unchanged_blocks: AtomicU64::new(0),
-            difference_blocks: AtomicU64::new(0),
-            duplicate_blocks: AtomicU64::new(0),
-            only_whole: AtomicBool::new(false),
-            raw_bytes: AtomicU64::new(0),
-            waited_ns: AtomicU64::new(0),
-            began: Instant::now(),
-            compress: Mutex::new((policy, Mark::default())),
-        }
-    }
-
-    /// Tells the compression policy what happened since the last call, with `lanes` lanes at work.
-    pub fn tick(&self, lanes: usize) {
-        let now = Mark {
-            at: self.began.elapsed(),
-            raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
-            waited_ns: self.waited_ns.load(Ordering::Relaxed),
-        };
-        let mut compress = self.compress();
-        let (policy, last) = &mut *compress;
-        let elapsed = now.at.saturating_sub(last.at);
-        let waited = Duration::from_nanos(now.waited_ns - last.waited_ns).as_secs_f64();
-        let lane_time = elapsed.as_secs_f64() * f64::from(u32::try_from(lanes.max(1)).unwrap_or(1));
-        let interval = Interval {
-            elapsed,
-            raw_bytes: now.raw_bytes - last.raw_bytes,
-            link_wait: if lane_time > 0.0 {
-                (waited / lane_time).min(1.0)
-            } else {
-                0.0
-            },
-        };
-        policy.on_interval(now.at, &interval);
-        *last = now;
-    }
-
-    fn compress(&self) -> MutexGuard<'_, (CompressPolicy, Mark)> {
-        self.compress.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Bytes of headers and payloads handed to the transport.
-    #[must_use]
-    pub fn wire(&self) -> u64 {
-        self.wire_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Blocks sent as zero.
-    #[must_use]
-    pub fn zero(&self) -> u64 {
-        self.zero_blocks.load(Ordering::Relaxed)
-    }
-
-    /// Blocks that were dirtied and not sent, since they were as before.
-    #[must_use]
-    pub fn unchanged(&self) -> u64 {
-        self.unchanged_blocks.load(Ordering::Relaxed)
-    }
-
-    /// Blocks sent as differences.
-    #[must_use]
-    pub fn differences(&self) -> u64 {
-        self.difference_blocks.load(Ordering::Relaxed)
-    }
-
-    /// Blocks sent as duplicates.
-    #[must_use]
-    pub fn duplicates(&self) -> u64 {
-        self.duplicate_blocks.load(Ordering::Relaxed)
-    }
-
-    /// The sessions to come send no differences and no duplicates.
-    pub fn send_only_whole(&self) {
-        self.only_whole.store(true, Ordering::Relaxed);
-    }
 }
 
 /// A frame to send and where its bytes are.
@@ -245,7 +137,7 @@ impl Lanes {
         let pool: Arc<EncoderPool> = Arc::default();
         let (workers, lanes) = (workers(), senders.len());
         let looks = !counters.compress().0.is_off();
-        let refers = looks && !counters.only_whole.load(Ordering::Relaxed);
+        let refers = looks && counters.may_refer();
         let differs = refers && features.has(DIFFERENCE);
         let count = u8::try_from(lanes).unwrap_or(u8::MAX);
         let duplicates =
@@ -420,15 +312,14 @@ impl Worker {
             bytes: &[],
         };
         let encoded = self.encode(&blocks, job)?;
-        self.count(&encoded);
+        self.counters.count(&encoded);
         let header = encoded.header(frame.seq);
         let began = Instant::now();
         self.sender
             .send_paced(&header, reserved.send(encoded.payload), &self.pacer)
             .await?;
         waited += began.elapsed();
-        let waited = u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX);
-        self.counters.waited_ns.fetch_add(waited, Ordering::Relaxed);
+        self.counters.on_waited(waited);
         Ok(())
     }
 
@@ -481,30 +372,5 @@ impl Worker {
             }
         }
         Ok(encoded)
-    }
-
-    fn count(&self, encoded: &Encoded) {
-        let on_wire = FrameHeader::ENCODED_LEN as u64 + encoded.payload.len() as u64;
-        let zero = u64::from(encoded.zero.count());
-        self.counters
-            .wire_bytes
-            .fetch_add(on_wire, Ordering::Relaxed);
-        let unchanged = u64::from(encoded.unchanged.count());
-        self.counters.zero_blocks.fetch_add(zero, Ordering::Relaxed);
-        self.counters
-            .unchanged_blocks
-            .fetch_add(unchanged, Ordering::Relaxed);
-        let by_reference = match encoded.encoding {
-            Encoding::Raw | Encoding::Zstd => None,
-            Encoding::Difference => Some(&self.counters.difference_blocks),
-            Encoding::Duplicate => Some(&self.counters.duplicate_blocks),
-        };
-        if let Some(blocks) = by_reference {
-            let count = u64::from(encoded.by_reference.count());
-            blocks.fetch_add(count, Ordering::Relaxed);
-        }
-        self.counters
-            .raw_bytes
-            .fetch_add(u64::from(encoded.raw_len), Ordering::Relaxed);
     }
 }
