@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use vmferry_common::endpoint::{self, TransportTuning};
 use vmferry_common::identity::Identity;
 use vmferry_common::lanes;
 use vmferry_proto::error::{ErrorCode, WireError};
+use vmferry_proto::frame::{Encoding, lane_of};
 use vmferry_proto::geometry::{RegionLen, WindowIndex};
 use vmferry_proto::ids::{Attempt, FrameSeq, Incarnation, Lane, RegionId, RegisterId};
 use vmferry_proto::message::{
@@ -112,6 +114,9 @@ impl Facts {
     }
 }
 
+/// Frames with data that came to any impostor, and those of them that refer to what a destination has. It never said that it can.
+static FRAMES: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
 type Misdeed = (&'static str, Moment, fn(&Facts) -> Deed);
 
 /// One connection, played by the impostor.
@@ -174,7 +179,12 @@ async fn take_lanes(
         let applied = applied.clone();
         tasks.push(Owned(tokio::spawn(async move {
             while let Ok(Some((header, _))) = lane.next().await {
-                let lane = usize::from(vmferry_proto::frame::lane_of(header.window, count).0);
+                let refers = match header.encoding {
+                    Encoding::Raw | Encoding::Zstd => 0,
+                    Encoding::Difference | Encoding::Duplicate => 1,
+                };
+                FRAMES[refers].fetch_add(1, Ordering::Relaxed);
+                let lane = usize::from(lane_of(header.window, count).0);
                 applied.lock().unwrap()[lane] = header.seq;
             }
         })));
@@ -394,6 +404,24 @@ fn what_is_no_message_ends_the_migration() {
         ("random bytes", Moment::Final, |_| Deed::Bytes(rubbish())),
     ];
     endure(&misdeeds, &VIOLATION);
+}
+
+/// `[WIRE-46]` `[WIRE-52]` `[WIRE-54]`
+#[test]
+fn a_destination_that_does_not_say_that_it_can_gets_no_reference() {
+    let stage = Stage::set(PROGRAMS);
+    let guest = stage.guest(SimSpec {
+        content: "copies",
+        disk: 4 << 20,
+        dirty_rate: 1 << 20,
+        ..SimSpec::still("web", 16 << 20)
+    });
+    let before = FRAMES[0].load(Ordering::Relaxed);
+    let misdeed: Misdeed = ("random bytes", Moment::Final, |_| Deed::Bytes(rubbish()));
+    suffer(&stage, &guest, misdeed, &VIOLATION);
+    let whole = FRAMES[0].load(Ordering::Relaxed) - before;
+    assert!(whole > 20, "{whole}");
+    assert_eq!(FRAMES[1].load(Ordering::Relaxed), 0);
 }
 
 #[test]

@@ -324,6 +324,84 @@ fn differences_to_what_the_destination_does_not_have_go_whole() {
     stage.expect_moved(&guest);
 }
 
+/// A guest of which every page and block is one of 512, most of them many times there.
+fn of_copies() -> SimSpec {
+    SimSpec {
+        content: "copies",
+        fill: 100,
+        ..SimSpec::quiet("web")
+    }
+}
+
+/// `[WIRE-54]`
+#[test]
+fn what_is_elsewhere_in_the_guest_goes_as_a_reference() {
+    let stage = stage();
+    let guest = stage.guest(of_copies());
+    let options = [
+        "--verify",
+        "full",
+        "--compress",
+        "1",
+        "--max-bandwidth",
+        "200Mbit",
+    ];
+    let done = stage.migrate(&guest, &[&options[..], &PATIENT].concat());
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    println!("{report}");
+    let (duplicates, wire) = (
+        number(&report, "duplicate_blocks"),
+        number(&report, "wire_bytes"),
+    );
+    // The disk is filled by a quarter.
+    let blocks = (32 + 2) * 256;
+    assert!(duplicates > f64::from(blocks) * 0.6, "{report}");
+    assert!(wire < f64::from(blocks) * 4096.0 * 0.5, "{report}");
+    assert_eq!(number(&report, "sessions"), 1.0, "{report}");
+    assert!(done.stderr.contains(" as duplicates"), "{}", done.stderr);
+    stage.expect_moved(&guest);
+}
+
+/// `[WIRE-56]`
+#[test]
+fn duplicates_of_what_the_destination_does_not_have_go_whole() {
+    let stage = stage();
+    let guest = stage.guest(SimSpec {
+        dirty_rate: 0,
+        disk: 0,
+        disk_rate: 0,
+        ..of_copies()
+    });
+    let mut options = vec!["--cutover", "manual", "--verify", "full", "--compress", "1"];
+    options.extend(["--max-bandwidth", "4Mbit"]);
+    let running = stage.begin(&guest, &[&options[..], &PATIENT].concat());
+    assert!(soon(|| guest.client(&stage.beta).is_ok()));
+    // Half of the guest, of which most blocks are duplicates of some that have come.
+    let here = Pages::of(&guest, &stage.alpha, 4_000);
+    let there = Pages::of(&guest, &stage.beta, 1);
+    let rubbish = vec![0x5a; here.content.len()];
+    assert!(soon(|| {
+        there.write(&rubbish);
+        running.stderr().contains("gave the session up")
+    }));
+    let set = stage
+        .alpha
+        .ask(Role::Source, "set", "web", &["max-bandwidth=none"]);
+    assert_eq!(set.unwrap().code(), 0);
+    // What was overwritten there is sent once more.
+    here.write(&rubbish);
+    assert!(soon(|| is_converged(&stage)));
+    here.write(&here.content);
+    let cutover = stage.alpha.ask(Role::Source, "cutover", "web", &[]);
+    assert_eq!(cutover.unwrap().code(), 0);
+    let done = running.wait(Duration::from_secs(60)).unwrap();
+    stage.expect_code(&done, 0);
+    let report = done.json().unwrap();
+    assert!(number(&report, "sessions") > 1.0, "{report}");
+    stage.expect_moved(&guest);
+}
+
 #[test]
 fn what_was_written_as_it_was_is_not_sent_again() {
     const PAGES: u64 = 2_000;

@@ -52,6 +52,7 @@ fn every_rule_is_kept_in_a_few_thousand_runs() {
         "started by a later agent",
         "source agent killed, its ledger lost",
         "found equal at the destination, the ledger lost",
+        "sent as references to other blocks",
     ] {
         assert!(tally.seen.contains_key(met), "no run met: {met}");
     }

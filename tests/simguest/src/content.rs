@@ -1,7 +1,7 @@
 //! What a page or block holds: a function of seed, place and entry.
 //!
-//! Owns the generator. An **entry** is what the version tables hold for a page: its kind in the two highest bits and its
-//! version below. Entry 0 means "never written": zeroes. Everything else that is not of kind zero begins with a
+//! Owns the generator. An **entry** is what the version tables hold for a page: its kind in the three highest bits and its
+//! version below. Entry 0 means "never written": zeroes. Everything else that is not of kind zero, and no copy, begins with a
 //! header that names place and entry, so that a stale or misplaced page tells what it is.
 
 /// Bytes of a page of RAM and of a block of the disk.
@@ -28,13 +28,15 @@ pub enum Kind {
     Text,
     /// Does not compress.
     Random,
+    /// Does not compress, and is what other pages and blocks hold as well.
+    Copy,
 }
 
 /// What the version tables hold for a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Entry(pub u32);
 
-const VERSION_BITS: u32 = 30;
+const VERSION_BITS: u32 = 29;
 const VERSION_MASK: u32 = (1 << VERSION_BITS) - 1;
 
 impl Entry {
@@ -46,6 +48,7 @@ impl Entry {
             Kind::Zero => 0,
             Kind::Text => 1,
             Kind::Random => 2,
+            Kind::Copy => 3,
         };
         Self(kind << VERSION_BITS | version)
     }
@@ -57,6 +60,7 @@ impl Entry {
             0 => Some(Kind::Zero),
             1 => Some(Kind::Text),
             2 => Some(Kind::Random),
+            3 => Some(Kind::Copy),
             _ => None,
         }
     }
@@ -79,14 +83,24 @@ pub fn fill(seed: u64, place: Place, entry: Entry, page: &mut Page) -> bool {
             page[..HEADER].copy_from_slice(&header(place, entry));
         }
         Some(Kind::Random) => {
-            let mut random = stream(seed, place, entry);
-            for word in page.as_chunks_mut::<8>().0 {
-                *word = random.draw().to_le_bytes();
-            }
+            noise(stream(seed, place, entry), page);
             page[..HEADER].copy_from_slice(&header(place, entry));
+        }
+        Some(Kind::Copy) => {
+            let which = stream(seed, place, entry).below(COPIES);
+            noise(Random(mix(seed ^ mix(which))), page);
         }
     }
     true
+}
+
+/// Contents of which each copy is one.
+const COPIES: u64 = 512;
+
+fn noise(mut random: Random, page: &mut Page) {
+    for word in page.as_chunks_mut::<8>().0 {
+        *word = random.draw().to_le_bytes();
+    }
 }
 
 const HEADER: usize = 16;

@@ -19,6 +19,8 @@ pub enum Content {
     Zero,
     /// Compresses about threefold.
     Text,
+    /// Does not compress; every page and block is one of 512.
+    Copies,
 }
 
 /// What the guest does while it runs.

@@ -279,6 +279,7 @@ impl Guest {
         let kind = match (cpu.workload.content, draw % 8) {
             (Content::Zero, _) | (Content::Mixed, 0) => Kind::Zero,
             (Content::Text, _) | (Content::Mixed, 1..=4) => Kind::Text,
+            (Content::Copies, _) => Kind::Copy,
             (Content::Random | Content::Mixed, _) => Kind::Random,
         };
         let new = old.next(kind);

@@ -38,7 +38,7 @@ pub struct SimSpec {
     pub disk_rate: u64,
     /// Percent of RAM that is written before the start.
     pub fill: u8,
-    /// `mixed`, `random`, `text` or `zero`.
+    /// `mixed`, `random`, `text`, `zero` or `copies`.
     pub content: &'static str,
     /// Whether it stands still at first.
     pub paused: bool,

@@ -141,6 +141,7 @@ fn after_report(run: &Run, report: &Report, again: bool) -> Option<Verb> {
         outcome: report.outcome.name(),
         guest_now: report.guest_now,
         kept: report.kept_bytes,
+        duplicates: report.duplicate_blocks,
     });
     match report.guest_now {
         GuestNow::RunsAtDestination | GuestNow::PausedAtDestination | GuestNow::Ended => None,

@@ -164,6 +164,8 @@ pub enum What {
         guest_now: GuestNow,
         /// Bytes that were found equal at the destination.
         kept: u64,
+        /// Blocks that were sent as references to others.
+        duplicates: u64,
     },
     /// All is settled, as far as the run can see.
     Settled {

@@ -401,7 +401,7 @@ fn wish(dice: &mut Dice) -> Wish {
             cutover: dice.pick(&[Cutover::Auto, Cutover::Auto, Cutover::Manual]),
         },
         max_bandwidth: dice
-            .chance(300)
+            .chance(500)
             .then(|| Rate(dice.spread(500_000, 20_000_000))),
         lanes: dice.pick(&[2, 4]).max(connections),
         connections,

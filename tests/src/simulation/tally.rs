@@ -25,9 +25,13 @@ pub(super) fn classify(facts: &[Fact]) -> (&'static str, Vec<&'static str>) {
                 outcome,
                 guest_now,
                 kept,
+                duplicates,
             } => {
                 if *kept > 0 {
                     meet("found equal at the destination, the ledger lost");
+                }
+                if *duplicates > 0 {
+                    meet("sent as references to other blocks");
                 }
                 if *guest_now == GuestNow::InDoubt {
                     meet("left in doubt");
