@@ -260,10 +260,12 @@ fn growth(now: &Situation<'_>) -> u64 {
     bytes_in(last.dirty_rate(), now.fixed.before_pause()).min(seen)
 }
 
-/// Whether a cutover now would keep the limit, with everything that is left to be sent in it.
+/// Whether a cutover now would keep the limit with room to spare, everything that is left being sent in it: what the guest writes until
+/// it is asked again must not make it too long.
 #[must_use]
 pub fn rest_fits(now: &Situation<'_>) -> bool {
-    predict(now).is_some_and(|predicted| now.guest_runs && fits(now, &predicted))
+    let enough = now.limits.max_downtime * 3 / 4;
+    now.guest_runs && predict(now).is_some_and(|predicted| predicted.total() <= enough)
 }
 
 fn fits(now: &Situation<'_>, predicted: &PredictedDowntime) -> bool {

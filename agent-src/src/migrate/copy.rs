@@ -124,7 +124,7 @@ impl Migration {
     async fn round(&mut self, idle: Duration) -> Result<(), MigrateError> {
         let began = Instant::now() - idle;
         let before = self.sent();
-        self.send_round().await?;
+        self.send_round(!idle.is_zero()).await?;
         self.await_applied().await?;
         let dirtied_bytes = self.scan(Barrier::Wait).await?;
         self.stats.on_round(RoundStats {
@@ -157,28 +157,31 @@ impl Migration {
     }
 
     /// Sends everything that is dirty and not written again before its turn comes, the hottest last: not at all where it may as well go
-    /// when the guest stands still.
-    async fn send_round(&mut self) -> Result<(), MigrateError> {
-        let began = Instant::now();
+    /// when the guest stands still. A round in which nothing else goes does send it, unless the guest has `waited` for the trigger:
+    /// what did not fit before does not fit now.
+    async fn send_round(&mut self, waited: bool) -> Result<(), MigrateError> {
+        let (began, before) = (Instant::now(), self.ledger.counters().blocks);
         let mut on_input = Self::on_input;
         loop {
             let look = Instant::now() + LOOK_EVERY.max(began.elapsed() / LOOKS);
-            let all = self.send_until(Some(look), &mut on_input).await?;
-            if all && (self.ledger.late_blocks() == 0 || policy::rest_fits(&self.situation())) {
+            if !self.send_until(Some(look), &mut on_input).await? {
+                self.look().await?;
+                continue;
+            }
+            let may_stay = waited || self.ledger.counters().blocks > before;
+            if self.ledger.late_blocks() == 0 || may_stay && policy::rest_fits(&self.situation()) {
                 return Ok(());
             }
-            if all {
-                self.look().await?;
-                self.ledger.release_late();
-            } else if !self.ledger.is_exhausted() {
-                self.look().await?;
-            }
+            self.ledger.release_late();
         }
     }
 
     /// Holds back what was written since the last look or scan: it would have to be sent again. No barrier is needed, since none of it is
     /// read before the next scan has waited for one. Memory only: of disks each look would be a transaction.
     async fn look(&mut self) -> Result<(), MigrateError> {
+        if self.ledger.is_exhausted() {
+            return Ok(());
+        }
         for region in self.regions(Some(RegionKind::Memory)) {
             self.take(region).await?;
         }
