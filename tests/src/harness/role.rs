@@ -5,13 +5,8 @@
 //! point as the program's own `main`.
 
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-
-/// The agents' allocator takes huge pages, the guest's own program has none of it: cleared while a device state is loaded, they would
-/// count as the agents' time.
-const SMALL_PAGES: (&str, &str) = ("MIMALLOC_DISALLOW_ARENA_ALLOC", "1");
 
 /// A program of the project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,26 +51,10 @@ pub fn run_if_asked() -> Option<ExitCode> {
     }
     let name = args.next()?;
     let role = Role::ALL.into_iter().find(|role| name == role.name())?;
-    if role == Role::SimGuest && std::env::var_os(SMALL_PAGES.0).is_none() {
-        return Some(again_with_small_pages());
-    }
     let args = std::iter::once(OsString::from(role.name()))
         .chain(args)
         .collect();
     Some(role.run(args))
-}
-
-/// Becomes the same program once more: an allocator is set before `main`. Returns only where that fails.
-fn again_with_small_pages() -> ExitCode {
-    let mut again = Command::new("/proc/self/exe");
-    let mut args = std::env::args_os();
-    if let Some(name) = args.next() {
-        again.arg0(name);
-    }
-    again.args(args);
-    let error = again.env(SMALL_PAGES.0, SMALL_PAGES.1).exec();
-    eprintln!("vmferry-simguest cannot be started again: {error}");
-    ExitCode::FAILURE
 }
 
 /// The executable that plays the programs.
