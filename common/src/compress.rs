@@ -9,8 +9,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// What `auto` climbs. The first has nearly the ratio of the others at the highest speed of the regular levels.
-const LADDER: [i32; 4] = [1, 3, 6, 9];
+/// What `auto` climbs. The first has nearly the ratio of the second in less time, which counts where the cores are the bottleneck.
+const LADDER: [i32; 5] = [-3, 1, 3, 6, 9];
 /// Time that a byte takes at the next rung to what it takes at this one, roughly; what it really takes is measured there.
 const STEEPNESS: f64 = 2.5;
 /// Share of all workers' time that compression may take where it went up: the guests of this host want the cores too.
@@ -41,6 +41,8 @@ const MIN_INTERVAL: Duration = Duration::from_millis(50);
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 /// The longest such pause.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// A copy that is over by then is not worth a stretch raw.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// What was reached raw counts this long, at first; each time that compression proves better the next stretch waits twice as long.
 const RAW_MEMORY: Duration = Duration::from_secs(20);
 /// The longest time without a look at raw: a link may have become faster.
@@ -312,7 +314,8 @@ impl CompressPolicy {
         let fresh = now.saturating_sub(self.looked) <= memory;
         let slower = fresh && self.raw_goodput.is_some_and(|raw| goodput < raw);
         let too_high = share > MOST_SHARE || link_wait < LINK_BOUND || slower;
-        let suspect = link_wait < LINK_BOUND || share > HARMLESS_SHARE;
+        // Senders that wait for the link would do so the more with everything raw.
+        let suspect = now >= FIRST_LOOK && link_wait < LINK_BOUND && share > HARMLESS_SHARE;
         if rung > 0 && too_high {
             self.climb_after = now.saturating_add(CLIMB_PAUSE);
             self.change(Stage::Packed(rung - 1));
