@@ -435,8 +435,13 @@ impl Migration {
             // An attempt of a session that was lost or cancelled meanwhile is over before it began.
             Then::OpenAttempt(session, attempt) => {
                 if self.is_open(session) && !self.ending {
-                    self.feed_peer(DestinationEvent::OpenAttempt { attempt })
-                        .await;
+                    match self.note_for_start() {
+                        Ok(()) => {
+                            let event = DestinationEvent::OpenAttempt { attempt };
+                            self.feed_peer(event).await;
+                        }
+                        Err(reason) => self.give_up(reason).await,
+                    }
                 }
             }
             Then::Nothing => {}

@@ -124,9 +124,12 @@ impl Migration {
     /// Writes down which copy the notes are of, behind their own change: what a new copy has not got is not noted any more.
     fn note_copy(&mut self, process: &ProcessRecord, incarnations: &[Incarnation]) {
         let folder = self.folder();
-        if let Some(files) = &mut self.files
-            && let Err(error) = files.put_in_force(&folder, process, incarnations)
-        {
+        let Some(files) = &mut self.files else {
+            return;
+        };
+        let written = files.put_in_force(&folder, process, incarnations);
+        self.noted = written.is_ok();
+        if let Err(error) = written {
             self.copy_not_noted(&error);
         }
     }
@@ -134,4 +137,36 @@ impl Migration {
     fn copy_not_noted(&self, error: &std::io::Error) {
         tracing::warn!(guest = %self.config.name, %error, "should this agent be killed, the copy begins again");
     }
+
+    /// Sees to it that the copy is noted before an attempt is opened: by the notes a later agent finds the loaded guest that it has to
+    /// start (`[HAND-7]`).
+    ///
+    /// # Errors
+    /// They cannot be written, now as before.
+    pub(super) fn note_for_start(&mut self) -> Result<(), WireError> {
+        if self.noted {
+            return Ok(());
+        }
+        let record = self.handover.record();
+        let (migration, process) = (record.migration, record.process.clone());
+        let (Some(process), Some(copy), Some(spec)) = (process, &self.copy, &self.spec) else {
+            return Ok(());
+        };
+        let incarnations = copy.incarnations.clone();
+        if self.files.is_none() {
+            let begun = CopyFiles::begin(&self.folder(), migration, spec);
+            self.files = Some(begun.map_err(|error| no_notes(&error.to_string()))?);
+        }
+        self.note_copy(&process, &incarnations);
+        self.noted
+            .then_some(())
+            .ok_or_else(|| no_notes("see the log there"))
+    }
+}
+
+fn no_notes(why: &str) -> WireError {
+    let detail = format!(
+        "the destination cannot write down how a later agent would start the guest: {why}; make room there and migrate again"
+    );
+    WireError::new(ErrorCode::Journal, detail)
 }

@@ -100,6 +100,8 @@ struct Migration {
     leftover: Option<ProcessRecord>,
     /// What is noted of the copy for a later agent.
     files: Option<CopyFiles>,
+    /// Whether a later agent would find it.
+    noted: bool,
     requests: mpsc::Receiver<Request>,
     spec: Option<Arc<GuestSpec>>,
     copy: Option<Copied>,
@@ -193,6 +195,7 @@ impl Migration {
             handover: parts.handover,
             leftover: parts.leftover,
             files: None,
+            noted: false,
             requests,
             spec: None,
             copy: None,
