@@ -299,9 +299,12 @@ impl World {
         }
     }
 
-    /// Frames that still have to be sent and applied.
+    /// What still has to be done: frames to be sent and applied, and lanes to be heard of.
     fn steps_left(&self) -> usize {
-        let left = |lane: &LaneModel| 2 * lane.queue.len() + lane.wire.len();
+        let left = |lane: &LaneModel| {
+            let unheard = usize::from(lane.heard != lane.applied);
+            2 * lane.queue.len() + lane.wire.len() + unheard
+        };
         self.lanes.iter().map(left).sum()
     }
 }
