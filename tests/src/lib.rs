@@ -9,3 +9,4 @@ pub mod lab;
 pub mod link;
 pub mod model;
 pub mod simulation;
+pub mod skip;

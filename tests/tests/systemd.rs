@@ -20,6 +20,7 @@ use vmferry_tests::harness::qemu::Pair;
 use vmferry_tests::harness::role::{Programs, Role};
 use vmferry_tests::harness::stage::soon;
 use vmferry_tests::lab::{Content, Disk, JudgeParams, Lab};
+use vmferry_tests::skip::skipped;
 
 const PROGRAMS: &str = env!("CARGO_BIN_EXE_vmferry-demo");
 const END: Duration = Duration::from_secs(180);
@@ -81,9 +82,7 @@ impl Systemd {
         let group = match control_groups() {
             Ok(groups) => groups.join(format!("vmferry-test-{}", std::process::id())),
             Err(reason) => {
-                let in_ci = std::env::var("CI").as_deref() == Ok("true");
-                assert!(!in_ci, "no test may be skipped in CI: {reason}");
-                println!("skipped: {reason}");
+                skipped(reason);
                 return None;
             }
         };

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::skip::skipped;
+
 /// A file system in memory; unmounted when dropped.
 #[derive(Debug)]
 pub struct SmallDisk(PathBuf);
@@ -15,9 +17,7 @@ impl SmallDisk {
     #[must_use]
     pub fn mount(at: &Path, size: &str) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
-            let in_ci = std::env::var("CI").as_deref() == Ok("true");
-            assert!(!in_ci, "CI must be root");
-            println!("skipped: mounting a small file system needs root");
+            skipped("mounting a small file system needs root");
             return None;
         }
         mount(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"], at);

@@ -36,6 +36,8 @@ use std::{env, fmt};
 
 use anyhow::{Context, Result, bail};
 
+use crate::skip::skipped;
+
 pub use beats::{BeatFault, BeatRecorder, BeatReport, BeatStream, Gap, StampedBeat};
 pub use guest::{Disk, DiskFormat, Guest, GuestBuilder, MemoryKind};
 pub use place::{Images, Place, Start};
@@ -76,11 +78,7 @@ impl Lab {
         match Self::find() {
             Ok(lab) => Some(lab),
             Err(missing) => {
-                assert!(
-                    env::var("CI").as_deref() != Ok("true"),
-                    "in CI no test may be skipped: {missing}"
-                );
-                eprintln!("SKIPPED: {missing}");
+                skipped(missing);
                 None
             }
         }

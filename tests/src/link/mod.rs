@@ -21,7 +21,6 @@ mod packet;
 mod relay;
 mod schedule;
 
-use std::env;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -35,6 +34,7 @@ pub use netns::Namespace;
 pub use relay::Carried;
 pub use schedule::{CREDIT, Fate, Schedule, Shape};
 
+use crate::skip::skipped;
 use relay::{Relay, Switch};
 
 /// Largest packet, from the IP header on: Ethernet's.
@@ -165,11 +165,7 @@ impl Link {
     /// It can, and fails.
     pub fn get(spec: LinkSpec) -> Result<Option<Self>> {
         if let Err(missing) = Self::possible() {
-            assert!(
-                env::var("CI").as_deref() != Ok("true"),
-                "in CI no test may be skipped: {missing}"
-            );
-            eprintln!("SKIPPED: {missing}");
+            skipped(missing);
             return Ok(None);
         }
         Self::new(spec).map(Some)
