@@ -102,10 +102,18 @@ impl Coverage {
         }
     }
 
-    /// Whether a block was received.
-    pub(crate) fn has(&self, at: &BlockRef) -> bool {
-        let bits = self.regions.get(usize::from(at.region.0));
-        bits.is_some_and(|slot| lock(slot).bits.get(at.window).contains(u32::from(at.block)))
+    /// The first of these blocks that was not received.
+    pub(crate) fn missing(&self, blocks: &[BlockRef]) -> Option<BlockRef> {
+        let mut runs = blocks.chunk_by(|one, next| one.region == next.region);
+        runs.find_map(|run| {
+            let region = run.first()?.region;
+            let received = self.regions.get(usize::from(region.0)).map(lock);
+            let has = |at: &&BlockRef| {
+                let received = received.as_ref();
+                received.is_some_and(|it| it.bits.get(at.window).contains(u32::from(at.block)))
+            };
+            run.iter().find(|at| !has(at)).copied()
+        })
     }
 
     /// Whether every block of a window that the region has was received.
@@ -206,11 +214,12 @@ mod tests {
         assert_eq!([0, 1, 2].map(whole), [true, false, false]);
         assert!(!coverage.is_whole(RegionId(2), WindowIndex(0)));
         let has = |(region, window, block)| {
-            coverage.has(&BlockRef {
+            let at = BlockRef {
                 region: RegionId(region),
                 block,
                 window: WindowIndex(window),
-            })
+            };
+            coverage.missing(&[at]).is_none()
         };
         let asked = [(1, 1, 1), (1, 1, 2), (0, 0, 0), (1, 2, 0), (2, 0, 0)];
         assert_eq!(asked.map(has), [true, false, true, false, false]);

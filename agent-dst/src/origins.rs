@@ -28,9 +28,9 @@ pub(crate) fn of<'a>(
 ) -> Result<Origins<'a>, CodecError> {
     let len_of = |region| -> Option<RegionLen> { Some(sink.target(region)?.len) };
     let origins = Origins::split(header, payload, len_of).map_err(CodecError::Origins)?;
-    match origins.places.iter().find(|at| !sink.coverage().has(at)) {
+    match sink.coverage().missing(&origins.places) {
         None => Ok(origins),
-        Some(at) => Err(CodecError::Origins(FrameError::Unreceived(*at))),
+        Some(at) => Err(CodecError::Origins(FrameError::Unreceived(at))),
     }
 }
 

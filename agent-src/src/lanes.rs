@@ -325,6 +325,9 @@ impl Worker {
 
     /// What goes for the second time must not be referred to any more. Asked before there is room for the frame: whoever refers goes on.
     async fn settle_duplicates(&mut self, frame: &FrameJob) {
+        if self.duplicates.is_none() {
+            return;
+        }
         let at = WindowRef {
             region: frame.region,
             window: frame.window,

@@ -260,22 +260,17 @@ impl Migration {
         let guest = &self.config.name;
         self.tracker.failed(reason.to_string());
         let life = self.copy.as_ref().map(|copy| copy.life.borrow().clone());
-        match life {
-            Some(GuestLife::Alive) => {
-                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
-                self.retry_later();
-            }
-            Some(GuestLife::Gone(how) | GuestLife::ShutDown(how)) => {
-                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, whose hypervisor ended before its start was answered: {how}. It is an ordinary crash of that guest, whose images are here and flushed: boot it from them");
-                self.settle();
-            }
-            // An agent before this one held the copy, and it could not be taken in hand: only its own monitor can say more.
-            None => {
-                tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
-                tracing::error!(%guest, "if the guest's hypervisor is there still, look at it: where it stands paused, let it go on by hand");
-                self.settle();
-            }
+        if let Some(GuestLife::Gone(how) | GuestLife::ShutDown(how)) = life {
+            tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, whose hypervisor ended before its start was answered: {how}. It is an ordinary crash of that guest, whose images are here and flushed: boot it from them");
+            return self.settle();
         }
+        tracing::error!(%guest, attempt = attempt.0, "this host owns the guest, but it is not known whether it runs: {reason}");
+        if life.is_some() {
+            return self.retry_later();
+        }
+        // An agent before this one held the copy, and it could not be taken in hand: only its own monitor can say more.
+        tracing::error!(%guest, "if the guest's hypervisor is there still, look at it: where it stands paused, let it go on by hand");
+        self.settle();
     }
 
     /// The handover is settled: the guest is let go or was discarded, and its name is free for the next migration.
