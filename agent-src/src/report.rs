@@ -137,7 +137,7 @@ pub struct DowntimeParts {
     pub last_set_ms: Millis,
     /// Digests of both sides were taken and compared.
     pub verify_ms: Millis,
-    /// The device state was written.
+    /// The device state was written, as far as that took longer than the last set beside it.
     pub state_save_ms: Millis,
     /// The device state went over, and answers came back.
     pub send_ms: Millis,

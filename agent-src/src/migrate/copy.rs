@@ -164,7 +164,7 @@ impl Migration {
         let mut on_input = Self::on_input;
         loop {
             let look = Instant::now() + LOOK_EVERY.max(began.elapsed() / LOOKS);
-            if !self.send_until(Some(look), &mut on_input).await? {
+            if !self.send_until(None, Some(look), &mut on_input).await? {
                 self.look().await?;
                 continue;
             }
@@ -179,7 +179,7 @@ impl Migration {
     /// Holds back what was written since the last look or scan: it would have to be sent again. No barrier is needed, since none of it is
     /// read before the next scan has waited for one. Memory only: of disks each look would be a transaction.
     async fn look(&mut self) -> Result<(), MigrateError> {
-        if self.ledger.is_exhausted() {
+        if self.ledger.is_exhausted(None) {
             return Ok(());
         }
         for region in self.regions(Some(RegionKind::Memory)) {
@@ -235,12 +235,28 @@ impl Migration {
     where
         E: From<NoSession>,
     {
-        self.send_until(None, &mut on_input).await.map(|_all| ())
+        self.send_until(None, None, &mut on_input)
+            .await
+            .map(|_all| ())
     }
 
-    /// The same, until a moment. Returns whether all is sent.
+    /// The same with what is dirty on disks.
+    pub(super) async fn send_disks<E>(
+        &mut self,
+        mut on_input: impl FnMut(&mut Self, Input) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        E: From<NoSession>,
+    {
+        self.send_until(Some(RegionKind::Disk), None, &mut on_input)
+            .await
+            .map(|_all| ())
+    }
+
+    /// The same with one kind of region or all, until a moment. Returns whether all is sent.
     async fn send_until<E>(
         &mut self,
+        kind: Option<RegionKind>,
         until: Option<Instant>,
         on_input: &mut impl FnMut(&mut Self, Input) -> Result<(), E>,
     ) -> Result<bool, E>
@@ -248,7 +264,7 @@ impl Migration {
         E: From<NoSession>,
     {
         loop {
-            let busy = self.fill_lanes()?;
+            let busy = self.fill_lanes(kind)?;
             if !busy {
                 return Ok(true);
             }
@@ -269,8 +285,8 @@ impl Migration {
         }
     }
 
-    /// Hands out frames while lanes have room. Returns whether any lane still has work.
-    fn fill_lanes(&mut self) -> Result<bool, NoSession> {
+    /// Hands out frames, of regions of `kind` if one is given, while lanes have room. Returns whether any lane still has work.
+    fn fill_lanes(&mut self, kind: Option<RegionKind>) -> Result<bool, NoSession> {
         let Self {
             session,
             ledger,
@@ -290,7 +306,7 @@ impl Migration {
         let lanes = session.as_ref().and_then(Session::lanes).ok_or(NoSession)?;
         for (index, lane) in (0u8..).map(Lane).zip(lanes.handles()) {
             while lane.has_room() {
-                let Some(frame) = ledger.next_frame(index, None) else {
+                let Some(frame) = ledger.next_frame(index, kind) else {
                     break;
                 };
                 let region = usize::from(frame.region.0);
@@ -312,7 +328,7 @@ impl Migration {
                 }
             }
         }
-        Ok(lanes.are_busy() || !ledger.is_exhausted())
+        Ok(lanes.are_busy() || !ledger.is_exhausted(kind))
     }
 
     pub(super) fn on_progress(&mut self, lanes: &[LaneProgress]) -> Result<(), MigrateError> {

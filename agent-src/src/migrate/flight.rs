@@ -1,7 +1,7 @@
 //! The last flight: what is sent while the guest is paused, up to the device state.
 //!
-//! Owns the order within the stopped time: last dirty marks, last blocks, `Final`, digests where asked for,
-//! device state. Nothing that could be done before the pause is done here. Any failure is an event for the
+//! Owns the order within the stopped time: last dirty marks, last blocks of the disks, then those of memory, `Final`, and digests where
+//! asked for, with the device state saved beside them; device state. Nothing that could be done before the pause is done here. Any failure is an event for the
 //! handover machine; none of it touches the guest.
 
 use bytes::Bytes;
@@ -14,9 +14,17 @@ use vmferry_proto::message::{Final, ToDestination, ToSource, VerifyWindows};
 use vmferry_proto::spec::RunState;
 
 use super::Migration;
-use super::copy::{Barrier, NoSession};
+use super::copy::{Barrier, NoSession, Sent};
 use super::inputs::Input;
 use crate::error::MigrateError;
+
+/// A device state, and when it was written.
+#[derive(Debug)]
+pub(super) struct Saved {
+    pub(super) state: Bytes,
+    pub(super) began: Instant,
+    pub(super) ended: Instant,
+}
 
 /// Why the flight ended early: what the machine is told.
 #[derive(Debug)]
@@ -58,12 +66,60 @@ impl Migration {
         let (began, before) = (Instant::now(), self.sent());
         self.scan(Barrier::Drained).await?;
         self.stats.on_final_scan(began.elapsed());
+        let (flown, state) = if self.windows_to_verify().is_empty() {
+            self.send_disks(Self::on_flight_input).await?;
+            let saving = self.begin_device_state().await?;
+            tokio::join!(
+                self.send_last_set(attempt, run_state, began, before),
+                saving
+            )
+        } else {
+            // Disks are read until both sides agree about them.
+            self.send_last_set(attempt, run_state, began, before)
+                .await?;
+            (Ok(()), self.begin_device_state().await?.await)
+        };
+        flown?;
+        self.send_device_state(attempt, state?).await?;
+        self.enter_with(Phase::Load, Self::on_flight_input).await
+    }
+
+    /// Begins to save the device state. Needs the last block of the disks read.
+    async fn begin_device_state(
+        &mut self,
+    ) -> Result<impl Future<Output = Result<Saved, MigrateError>> + use<>, MigrateError> {
+        let Self { guest, paused, .. } = self;
+        let paused = paused
+            .as_ref()
+            .ok_or_else(|| MigrateError::Internal("no proof of the pause".to_owned()))?;
+        let began = Instant::now();
+        let saving = guest
+            .begin_device_state(paused)
+            .await
+            .map_err(MigrateError::Guest)?;
+        Ok(async move {
+            let state = saving.await.map_err(MigrateError::Guest)?;
+            Ok(Saved {
+                state: state.into(),
+                began,
+                ended: Instant::now(),
+            })
+        })
+    }
+
+    /// Sends every block that is left, up to `Final`. The flight `began` when `before` had been sent.
+    async fn send_last_set(
+        &mut self,
+        attempt: Attempt,
+        run_state: RunState,
+        began: Instant,
+        before: Sent,
+    ) -> Result<(), Grounded> {
         self.send_all(Self::on_flight_input).await?;
         self.send_final(attempt, run_state).await?;
-        self.stats
-            .on_last_set(began.elapsed(), self.sent().since(before));
-        self.send_device_state(attempt).await?;
-        self.enter_with(Phase::Load, Self::on_flight_input).await
+        let sent = self.sent().since(before);
+        self.stats.on_last_set(began, sent);
+        Ok(())
     }
 
     /// Names the end of the data; with digests, returns when both sides agree.
@@ -104,20 +160,9 @@ impl Migration {
         Ok(self.say_to_peer(&message).await?)
     }
 
-    async fn send_device_state(&mut self, attempt: Attempt) -> Result<(), Grounded> {
-        let began = Instant::now();
-        let Self { guest, paused, .. } = self;
-        let paused = paused
-            .as_ref()
-            .ok_or_else(|| MigrateError::Internal("no proof of the pause".to_owned()))?;
-        let state = Bytes::from(
-            guest
-                .save_device_state(paused)
-                .await
-                .map_err(MigrateError::Guest)?,
-        );
-        self.stats
-            .on_state_saved(began.elapsed(), state.len() as u64);
+    async fn send_device_state(&mut self, attempt: Attempt, saved: Saved) -> Result<(), Grounded> {
+        self.stats.on_state_saved(&saved);
+        let state = saved.state;
         let message = ToDestination::DeviceState {
             attempt,
             len: state.len() as u64,

@@ -9,6 +9,7 @@ use vmferry_common::units::Rate;
 use vmferry_proto::message::PrepareTiming;
 use vmferry_proto::spec::{GuestSpec, RegionKind};
 
+use super::flight::Saved;
 use super::verify::SAMPLE_STRIDE;
 use crate::cli::Verify;
 use crate::policy::{FixedCosts, PredictedDowntime, RoundStats};
@@ -55,6 +56,7 @@ pub struct Stats {
     pub wire_rate: Option<Rate>,
     wire_mark: Option<(Instant, u64)>,
     paused_at: Option<Instant>,
+    last_set_at: Option<Instant>,
     downtime: Option<Duration>,
     parts: DowntimeParts,
 }
@@ -84,6 +86,7 @@ impl Stats {
             wire_rate: None,
             wire_mark: None,
             paused_at: None,
+            last_set_at: None,
             downtime: None,
             parts: DowntimeParts::default(),
         }
@@ -149,6 +152,7 @@ impl Stats {
         self.attempts += 1;
         self.parts = DowntimeParts::default();
         self.downtime = None;
+        self.last_set_at = None;
         self.paused_at = Some(Instant::now());
     }
 
@@ -162,9 +166,11 @@ impl Stats {
         self.fixed.final_scan = took;
     }
 
-    /// `sent` went out after the pause, in `took`.
-    pub(super) fn on_last_set(&mut self, took: Duration, sent: RoundStats) {
-        let elapsed = took.saturating_sub(self.parts.verify_ms.0);
+    /// `sent` went out after the pause, in a flight that `began` then and has come so far now.
+    pub(super) fn on_last_set(&mut self, began: Instant, sent: RoundStats) {
+        let now = Instant::now();
+        self.last_set_at = Some(now);
+        let elapsed = (now - began).saturating_sub(self.parts.verify_ms.0);
         self.parts.last_set_ms = Millis(elapsed);
         self.last_set = Some(RoundStats {
             number: self.next_round(),
@@ -183,10 +189,15 @@ impl Stats {
         self.bytes_compared = bytes;
     }
 
-    pub(super) fn on_state_saved(&mut self, took: Duration, bytes: u64) {
-        self.device_state_bytes = bytes;
-        self.parts.state_save_ms = Millis(took);
-        self.fixed.state_save = took;
+    /// The part of the downtime is what it took longer than the last set beside it. Next time there may be less to be beside of, so the
+    /// prediction is told the whole.
+    pub(super) fn on_state_saved(&mut self, saved: &Saved) {
+        self.device_state_bytes = saved.state.len() as u64;
+        let alone_from = self
+            .last_set_at
+            .map_or(saved.began, |at| at.max(saved.began));
+        self.parts.state_save_ms = Millis(saved.ended.saturating_duration_since(alone_from));
+        self.fixed.state_save = saved.ended - saved.began;
     }
 
     pub(super) fn on_state_sent(&mut self, took: Duration) {

@@ -16,7 +16,8 @@ use vmferry_proto::spec::{GuestSpec, RunState};
 
 use crate::error::GuestError;
 use crate::guest::{
-    GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
+    GuestLife, GuestPaused, PauseError, RegionReader, SavingDeviceState, Settlement, SourceGuest,
+    Taken,
 };
 
 /// Such a guest.
@@ -102,7 +103,10 @@ impl SourceGuest for GoneGuest {
         self.gone()
     }
 
-    async fn save_device_state(&mut self, _paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
+    async fn begin_device_state(
+        &mut self,
+        _paused: &GuestPaused,
+    ) -> Result<SavingDeviceState, GuestError> {
         self.gone()
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::geometry::{RegionBits, Run};
@@ -16,6 +17,9 @@ use vmferry_proto::spec::{GuestSpec, RunState};
 
 use crate::error::GuestError;
 use crate::marks::{MarkLog, TrackingLeft};
+
+/// A device state that is being saved.
+pub type SavingDeviceState = BoxFuture<'static, Result<Vec<u8>, GuestError>>;
 
 /// A running guest that is to leave this host.
 #[async_trait]
@@ -76,9 +80,18 @@ pub trait SourceGuest: Send + std::fmt::Debug {
     /// Fails if anybody resumed, reset or shut down the guest since the pause (`[HAND-10]`).
     async fn still_paused(&mut self, paused: &GuestPaused) -> Result<(), GuestError>;
 
-    /// After the last read of memory and disks: closes what stands in the way of the device state
-    /// and returns it (at QEMU: exports deleted, `blocked-reasons` asked again, then saved).
-    async fn save_device_state(&mut self, paused: &GuestPaused) -> Result<Vec<u8>, GuestError>;
+    /// After the last read of the disks: closes what stands in the way of the device state and saves it (at QEMU: exports deleted,
+    /// `blocked-reasons` asked again, then saved), both beside whatever the caller does meanwhile with memory. What is returned is to be
+    /// waited for before the guest is asked anything else.
+    async fn begin_device_state(
+        &mut self,
+        paused: &GuestPaused,
+    ) -> Result<SavingDeviceState, GuestError>;
+
+    /// The same, waited for.
+    async fn save_device_state(&mut self, paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
+        self.begin_device_state(paused).await?.await
+    }
 
     /// Brings the guest back to the state `to` it had before the pause.
     async fn resume(&mut self, permit: RunPermit, to: RunState) -> Result<(), GuestError>;

@@ -21,7 +21,7 @@ pub mod watched;
 pub use error::GuestError;
 pub use gone::GoneGuest;
 pub use guest::{
-    GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, Settlement, SourceGuest,
-    StartError, Taken, TargetGuest,
+    GuestLife, GuestPaused, PauseError, RegionReader, RegionWriter, SavingDeviceState, Settlement,
+    SourceGuest, StartError, Taken, TargetGuest,
 };
 pub use marks::{MarkLog, TrackingLeft};

@@ -528,10 +528,13 @@ impl Ledger {
         self.regions.iter().all(RegionMarks::is_clean)
     }
 
-    /// Whether no block can be taken: none is dirty, or all that are are held back or late.
+    /// Whether no block can be taken, of regions of `kind` if one is given: none is dirty, or all that are are held back or late.
     #[must_use]
-    pub fn is_exhausted(&self) -> bool {
-        self.regions.iter().all(RegionMarks::is_exhausted)
+    pub fn is_exhausted(&self, kind: Option<RegionKind>) -> bool {
+        self.regions
+            .iter()
+            .filter(|marks| kind.is_none_or(|kind| kind == marks.kind()))
+            .all(RegionMarks::is_exhausted)
     }
 
     /// Whether no block is dirty and every frame is applied.

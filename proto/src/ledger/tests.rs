@@ -132,12 +132,27 @@ fn held_blocks_count_as_dirty_and_are_taken_when_they_are_released() {
     assert_eq!(job.blocks.iter().collect::<Vec<_>>(), [0, 2]);
     ledger.hold(RegionId(0), &bits(len, &[0])).unwrap();
     send_all(&mut ledger);
-    assert!(ledger.is_exhausted() && !ledger.is_clean());
+    assert!(ledger.is_exhausted(None) && !ledger.is_clean());
     assert_eq!(ledger.dirty(None).all.blocks, 2);
     assert_eq!(ledger.release(), 2);
     let job = ledger.next_frame(Lane(0), None).unwrap();
     assert_eq!(job.blocks, WindowBits::first(2));
     assert!(ledger.is_clean());
+}
+
+/// The disks' last blocks go before those of memory, so that the exports can be closed.
+#[test]
+fn one_kind_can_be_exhausted_before_the_other() {
+    let mut ledger = one_disk_and_memory();
+    open(&mut ledger, 1);
+    let disk = Some(RegionKind::Disk);
+    while let Some(job) = ledger.next_frame(Lane(0), disk) {
+        assert!(!ledger.is_exhausted(Some(RegionKind::Memory)));
+        assert_eq!(job.region, RegionId(1));
+    }
+    assert!(ledger.is_exhausted(disk) && !ledger.is_exhausted(None));
+    send_all(&mut ledger);
+    assert!(ledger.is_exhausted(None));
 }
 
 /// What is written again and again comes behind everything else, if it is not written once more before.
@@ -158,7 +173,7 @@ fn hot_windows_are_late() {
         .map(|job| job.window.0)
         .collect();
     assert_eq!(sent, BTreeSet::from([0, 2]));
-    assert!(ledger.is_exhausted() && !ledger.is_clean());
+    assert!(ledger.is_exhausted(None) && !ledger.is_clean());
     assert_eq!(ledger.late_blocks(), 1);
     ledger.release_late();
     assert_eq!(send_all(&mut ledger)[0].window.0, 1);
@@ -1009,7 +1024,7 @@ mod against_an_oracle {
             assert_eq!(counters.distinct_blocks, new);
             assert_eq!(self.ledger.is_clean(), self.dirty.is_empty());
             let waiting = self.held.union(&self.late).copied().collect();
-            assert_eq!(self.ledger.is_exhausted(), self.dirty == waiting);
+            assert_eq!(self.ledger.is_exhausted(None), self.dirty == waiting);
             assert_eq!(self.ledger.late_blocks(), self.late.len() as u64);
             assert_eq!(
                 self.ledger.dirty(None).known_zero_blocks,

@@ -7,13 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_hypervisor::open::Leftovers;
 use vmferry_hypervisor::{
     GuestError, GuestLife, GuestPaused, MarkLog, PauseError, RegionReader, RegionWriter,
-    Settlement, SourceGuest, Taken, TrackingLeft,
+    SavingDeviceState, Settlement, SourceGuest, Taken, TrackingLeft,
 };
 use vmferry_proto::geometry::Run;
 use vmferry_proto::handover::RunPermit;
@@ -136,11 +137,7 @@ impl Source {
 
     /// Something with the guest, if its process is there.
     pub(super) async fn order<T>(&self, what: impl FnOnce(&mut Vm) -> T) -> Result<T, GuestError> {
-        let id = self.vm;
-        let done = self.node.effect(Class::Control, |state| {
-            state.vm(id).filter(|vm| vm.is_alive()).map(what)
-        });
-        done.await.map_err(refused)?.ok_or_else(gone)
+        order(&self.node, self.vm, what).await
     }
 
     /// Returns when no device transfer of now is in flight any more.
@@ -255,9 +252,13 @@ impl SourceGuest for Source {
         Err(GuestError::Touched("simulated".to_owned()))
     }
 
-    async fn save_device_state(&mut self, paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
+    async fn begin_device_state(
+        &mut self,
+        paused: &GuestPaused,
+    ) -> Result<SavingDeviceState, GuestError> {
         self.still_paused(paused).await?;
-        self.order(|vm| vm.device_state()).await
+        let (node, vm) = (self.node.clone(), self.vm);
+        Ok(async move { order(&node, vm, |vm| vm.device_state()).await }.boxed())
     }
 
     async fn resume(&mut self, _permit: RunPermit, to: RunState) -> Result<(), GuestError> {
@@ -292,6 +293,14 @@ impl SourceGuest for Source {
     fn process(&self) -> ProcessIdentity {
         self.process.clone()
     }
+}
+
+/// Something with the guest `id`, if its process is there.
+async fn order<T>(node: &Node, id: VmId, what: impl FnOnce(&mut Vm) -> T) -> Result<T, GuestError> {
+    let done = node.effect(Class::Control, |state| {
+        state.vm(id).filter(|vm| vm.is_alive()).map(what)
+    });
+    done.await.map_err(refused)?.ok_or_else(gone)
 }
 
 /// A region of a simulated guest, in the hands of one agent.

@@ -25,6 +25,7 @@ mod link;
 mod names;
 mod nbd_server;
 mod preflight;
+mod saving;
 mod source;
 mod source_disks;
 mod state_file;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
 use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -23,13 +24,14 @@ use super::link::Link;
 use super::names;
 use super::preflight;
 use super::qmp::{EventTally, Qmp, QmpError};
+use super::saving::Saving;
 use super::source_disks::SourceDisks;
 use super::state_file::StateFile;
-use super::stream;
 use crate::config::SourceConfig;
 use crate::error::GuestError;
 use crate::guest::{
-    GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
+    GuestLife, GuestPaused, PauseError, RegionReader, SavingDeviceState, Settlement, SourceGuest,
+    Taken,
 };
 use crate::marks::{MarkLog, TrackingLeft};
 use crate::memory::ProcessMemory;
@@ -37,8 +39,6 @@ use crate::open::Leftovers;
 
 /// Longest wait for `stop`: it ends when the slowest disk request in flight has, and flushes the images.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
-/// Longest wait for the device state to be written.
-const SAVE_LIMIT: Duration = Duration::from_secs(120);
 
 /// A guest of QEMU at the source.
 #[derive(Debug)]
@@ -170,28 +170,6 @@ impl QemuSource {
         Ok(())
     }
 
-    /// Exports and server gone, nothing in the way of the device state: else QEMU would crash in saving it.
-    async fn clear_the_way(&mut self) -> Result<(), GuestError> {
-        let qmp = &self.link.qmp;
-        let ask = || qmp.execute("query-migrate", json!({}));
-        let (closed, exports, migrate) =
-            tokio::join!(self.disks.close(qmp), inventory::exports(qmp), ask());
-        closed?;
-        if let Some(export) = exports?.first() {
-            return Err(GuestError::Touched(format!(
-                "block export {} is there, which this agent did not make or could not remove",
-                export.id
-            )));
-        }
-        match inventory::blocked_reasons(&migrate?).as_slice() {
-            [] => Ok(()),
-            reasons => Err(GuestError::Incompatible(format!(
-                "QEMU says that the guest cannot be migrated any more: {}",
-                reasons.join("; ")
-            ))),
-        }
-    }
-
     /// The part of `resume` behind the permit.
     pub(super) async fn resume_permitted(&mut self, to: RunState) -> Result<(), GuestError> {
         let qmp = &self.link.qmp;
@@ -241,7 +219,11 @@ fn not_runnable(status: &str) -> GuestError {
 }
 
 /// Whether the guest is paused, and nobody else did anything to it since `tally`.
-fn check_untouched(qmp: &Qmp, tally: &EventTally, status: &str) -> Result<(), GuestError> {
+pub(super) fn check_untouched(
+    qmp: &Qmp,
+    tally: &EventTally,
+    status: &str,
+) -> Result<(), GuestError> {
     let now = qmp.tally();
     if now.shutdown > tally.shutdown {
         let reason = now.shutdown_reason.unwrap_or_default();
@@ -385,32 +367,19 @@ impl SourceGuest for QemuSource {
         check_untouched(&self.link.qmp, &pause.tally, &status)
     }
 
-    async fn save_device_state(&mut self, _paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
-        let begun = Instant::now();
-        self.clear_the_way().await?;
-        let cleared = begun.elapsed();
-        let live = !self.spec.shared_disks.is_empty();
+    async fn begin_device_state(
+        &mut self,
+        _paused: &GuestPaused,
+    ) -> Result<SavingDeviceState, GuestError> {
         let pause = self.pause.as_mut().ok_or_else(not_paused_by_us)?;
-        let state = pause.state.as_ref().ok_or_else(not_paused_by_us)?;
-        let qmp = &self.link.qmp;
-        let arguments = json!({ "filename": state.path(), "live": live });
-        let (saved, status) = tokio::join!(
-            qmp.execute_within("xen-save-devices-state", arguments, SAVE_LIMIT),
-            inventory::status(qmp),
-        );
-        saved?;
-        check_untouched(qmp, &pause.tally, &status?)?;
-        let saved_after = begun.elapsed();
-        let bytes = state.read()?;
-        stream::check_saved(&bytes).map_err(|error| GuestError::Refused {
-            command: "xen-save-devices-state".to_owned(),
-            answer: error.to_string(),
-        })?;
-        if let Some(state) = pause.state.take() {
-            state.remove_later(qmp);
-        }
-        tracing::debug!(?cleared, ?saved_after, elapsed = ?begun.elapsed(), bytes = bytes.len(), "saved the device state");
-        Ok(bytes)
+        let saving = Saving {
+            qmp: self.link.qmp.clone(),
+            server: self.disks.let_go(),
+            file: pause.state.take().ok_or_else(not_paused_by_us)?,
+            tally: pause.tally.clone(),
+            live: !self.spec.shared_disks.is_empty(),
+        };
+        Ok(saving.run().boxed())
     }
 
     async fn resume(&mut self, _permit: RunPermit, to: RunState) -> Result<(), GuestError> {

@@ -247,17 +247,22 @@ impl SourceDisks {
     }
 
     /// Ends all exports and the server. The bitmaps go on recording.
-    pub(super) async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+    async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
+        match self.let_go() {
+            Some(server) => server.stop(qmp).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Reads nothing any more; the server that is to be stopped has the exports.
+    pub(super) fn let_go(&mut self) -> Option<NbdServer> {
         for disk in &mut self.disks {
             disk.handle.close();
             disk.disabled
                 .iter_mut()
                 .for_each(|bitmap| bitmap.export = None);
         }
-        match self.server.take() {
-            Some(server) => server.stop(qmp).await,
-            None => Ok(()),
-        }
+        self.server.take()
     }
 
     /// Removes every trace from QEMU. Idempotent.

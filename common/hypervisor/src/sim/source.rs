@@ -3,10 +3,12 @@
 //! Owns what the engine asks of it. The pause is the guest's own `stop`; that nobody let it run since is told by its count of
 //! starts. Invariant: marks of the disk that were taken and not acknowledged are reported again.
 
+use std::future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::FutureExt;
 use serde::Deserialize;
 use tokio::sync::watch;
 use vmferry_common::process::ProcessIdentity;
@@ -21,7 +23,8 @@ use super::disk::DiskFile;
 use crate::config::{DiskMode, SourceConfig};
 use crate::error::GuestError;
 use crate::guest::{
-    GuestLife, GuestPaused, PauseError, RegionReader, Settlement, SourceGuest, Taken,
+    GuestLife, GuestPaused, PauseError, RegionReader, SavingDeviceState, Settlement, SourceGuest,
+    Taken,
 };
 use crate::marks::{MarkLog, TrackingLeft};
 use crate::memory::ProcessMemory;
@@ -335,10 +338,14 @@ impl SourceGuest for SimSource {
         )))
     }
 
-    async fn save_device_state(&mut self, paused: &GuestPaused) -> Result<Vec<u8>, GuestError> {
+    /// A few hundred bytes of an idle program: nothing that would be worth doing beside something else.
+    async fn begin_device_state(
+        &mut self,
+        paused: &GuestPaused,
+    ) -> Result<SavingDeviceState, GuestError> {
         self.still_paused(paused).await?;
         let saved: SavedState = self.client.ask("save-state", None).await?;
-        Ok(saved.state.into_bytes())
+        Ok(future::ready(Ok(saved.state.into_bytes())).boxed())
     }
 
     async fn resume(&mut self, _permit: RunPermit, to: RunState) -> Result<(), GuestError> {
