@@ -350,8 +350,9 @@ impl Session {
             link.connection.close(0u32.into(), b"done");
         }
         self.connection.close(0u32.into(), b"done");
+        // Time for the word to leave; the destination does without if it is lost, and nobody here has to answer it again.
         let idle = self.endpoint.wait_idle();
-        let _ = tokio::time::timeout(Duration::from_millis(500), idle).await;
+        let _ = tokio::time::timeout(Duration::from_millis(10), idle).await;
     }
 }
 
