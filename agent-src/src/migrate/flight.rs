@@ -1,8 +1,8 @@
 //! The last flight: what is sent while the guest is paused, up to the device state.
 //!
-//! Owns the order within the stopped time: last dirty marks, last blocks of the disks, then those of memory, `Final`, and digests where
-//! asked for, with the device state saved beside them; device state. Nothing that could be done before the pause is done here. Any failure is an event for the
-//! handover machine; none of it touches the guest.
+//! Owns the order within the stopped time: last dirty marks, last blocks of the disks, then those of memory and `Final` with the
+//! device state saved beside them, device state. Digests, where asked for, come before it is saved. Nothing that could be done
+//! before the pause is done here. Any failure is an event for the handover machine; none of it touches the guest.
 
 use bytes::Bytes;
 use tokio::time::Instant;

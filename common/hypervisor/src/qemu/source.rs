@@ -374,8 +374,8 @@ impl SourceGuest for QemuSource {
         let pause = self.pause.as_mut().ok_or_else(not_paused_by_us)?;
         let saving = Saving {
             qmp: self.link.qmp.clone(),
-            server: self.disks.let_go(),
             file: pause.state.take().ok_or_else(not_paused_by_us)?,
+            server: self.disks.let_go(),
             tally: pause.tally.clone(),
             live: !self.spec.shared_disks.is_empty(),
         };
