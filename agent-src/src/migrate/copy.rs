@@ -226,35 +226,9 @@ impl Migration {
             .map_err(|error| internal(&error))
     }
 
-    /// Gives the lanes everything that is dirty and not held back, and waits until they have read and sent it. What happens
-    /// meanwhile goes to `on_input`.
-    pub(super) async fn send_all<E>(
-        &mut self,
-        mut on_input: impl FnMut(&mut Self, Input) -> Result<(), E>,
-    ) -> Result<(), E>
-    where
-        E: From<NoSession>,
-    {
-        self.send_until(None, None, &mut on_input)
-            .await
-            .map(|_all| ())
-    }
-
-    /// The same with what is dirty on disks.
-    pub(super) async fn send_disks<E>(
-        &mut self,
-        mut on_input: impl FnMut(&mut Self, Input) -> Result<(), E>,
-    ) -> Result<(), E>
-    where
-        E: From<NoSession>,
-    {
-        self.send_until(Some(RegionKind::Disk), None, &mut on_input)
-            .await
-            .map(|_all| ())
-    }
-
-    /// The same with one kind of region or all, until a moment. Returns whether all is sent.
-    async fn send_until<E>(
+    /// Gives the lanes what is dirty and not held back, of regions of `kind` if one is given, and waits until they have read and sent it,
+    /// or until a moment. What happens meanwhile goes to `on_input`. Returns whether all is sent.
+    pub(super) async fn send_until<E>(
         &mut self,
         kind: Option<RegionKind>,
         until: Option<Instant>,

@@ -11,7 +11,7 @@ use vmferry_common::phase::Phase;
 use vmferry_proto::handover::SourceEvent;
 use vmferry_proto::ids::Attempt;
 use vmferry_proto::message::{Final, ToDestination, ToSource, VerifyWindows};
-use vmferry_proto::spec::RunState;
+use vmferry_proto::spec::{RegionKind, RunState};
 
 use super::Migration;
 use super::copy::{Barrier, NoSession, Sent};
@@ -24,6 +24,13 @@ pub(super) struct Saved {
     pub(super) state: Bytes,
     pub(super) began: Instant,
     pub(super) ended: Instant,
+}
+
+/// When the last set was sent, and what had been sent by then.
+#[derive(Debug)]
+struct LastSet {
+    at: Instant,
+    so_far: Sent,
 }
 
 /// Why the flight ended early: what the machine is told.
@@ -66,21 +73,22 @@ impl Migration {
         let (began, before) = (Instant::now(), self.sent());
         self.scan(Barrier::Drained).await?;
         self.stats.on_final_scan(began.elapsed());
-        let (flown, state) = if self.windows_to_verify().is_empty() {
-            self.send_disks(Self::on_flight_input).await?;
+        let verify = self.windows_to_verify();
+        let (sent, saved) = if verify.is_empty() {
+            self.send_dirty(Some(RegionKind::Disk)).await?;
             let saving = self.begin_device_state().await?;
-            tokio::join!(
-                self.send_last_set(attempt, run_state, began, before),
-                saving
-            )
+            tokio::join!(self.send_last_set(attempt, run_state, &verify), saving)
         } else {
             // Disks are read until both sides agree about them.
-            self.send_last_set(attempt, run_state, began, before)
-                .await?;
-            (Ok(()), self.begin_device_state().await?.await)
+            let sent = self.send_last_set(attempt, run_state, &verify).await?;
+            (Ok(sent), self.begin_device_state().await?.await)
         };
-        flown?;
-        self.send_device_state(attempt, state?).await?;
+        let sent = sent?;
+        self.stats
+            .on_last_set(sent.at - began, sent.so_far.since(before));
+        let saved = saved?;
+        self.stats.on_state_saved(&saved, sent.at);
+        self.send_device_state(attempt, saved.state).await?;
         self.enter_with(Phase::Load, Self::on_flight_input).await
     }
 
@@ -107,35 +115,46 @@ impl Migration {
         })
     }
 
-    /// Sends every block that is left, up to `Final`. The flight `began` when `before` had been sent.
+    /// Sends every block that is left, up to `Final`.
     async fn send_last_set(
         &mut self,
         attempt: Attempt,
         run_state: RunState,
-        began: Instant,
-        before: Sent,
-    ) -> Result<(), Grounded> {
-        self.send_all(Self::on_flight_input).await?;
-        self.send_final(attempt, run_state).await?;
-        let sent = self.sent().since(before);
-        self.stats.on_last_set(began, sent);
-        Ok(())
+        verify: &[VerifyWindows],
+    ) -> Result<LastSet, Grounded> {
+        self.send_dirty(None).await?;
+        self.send_final(attempt, run_state, verify).await?;
+        Ok(LastSet {
+            at: Instant::now(),
+            so_far: self.sent(),
+        })
+    }
+
+    /// Sends what is dirty, of regions of `kind` if one is given.
+    async fn send_dirty(&mut self, kind: Option<RegionKind>) -> Result<(), Grounded> {
+        self.send_until(kind, None, &mut Self::on_flight_input)
+            .await
+            .map(|_all| ())
     }
 
     /// Names the end of the data; with digests, returns when both sides agree.
-    async fn send_final(&mut self, attempt: Attempt, run_state: RunState) -> Result<(), Grounded> {
-        let verify = self.windows_to_verify();
-        self.say_final(attempt, run_state, verify.clone()).await?;
+    async fn send_final(
+        &mut self,
+        attempt: Attempt,
+        run_state: RunState,
+        verify: &[VerifyWindows],
+    ) -> Result<(), Grounded> {
+        self.say_final(attempt, run_state, verify.to_vec()).await?;
         if verify.is_empty() {
             return Ok(());
         }
         let began = Instant::now();
-        let differing = self.compare_digests(attempt, &verify).await?;
+        let differing = self.compare_digests(attempt, verify).await?;
         if !differing.is_empty() {
             self.resend_discarded(&differing).await?;
-            self.send_all(Self::on_flight_input).await?;
-            self.say_final(attempt, run_state, verify.clone()).await?;
-            let still = self.compare_digests(attempt, &verify).await?;
+            self.send_dirty(None).await?;
+            self.say_final(attempt, run_state, verify.to_vec()).await?;
+            let still = self.compare_digests(attempt, verify).await?;
             if let Some(window) = still.first() {
                 return Err(self.differs(window).into());
             }
@@ -160,9 +179,7 @@ impl Migration {
         Ok(self.say_to_peer(&message).await?)
     }
 
-    async fn send_device_state(&mut self, attempt: Attempt, saved: Saved) -> Result<(), Grounded> {
-        self.stats.on_state_saved(&saved);
-        let state = saved.state;
+    async fn send_device_state(&mut self, attempt: Attempt, state: Bytes) -> Result<(), Grounded> {
         let message = ToDestination::DeviceState {
             attempt,
             len: state.len() as u64,

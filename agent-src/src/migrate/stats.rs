@@ -56,7 +56,6 @@ pub struct Stats {
     pub wire_rate: Option<Rate>,
     wire_mark: Option<(Instant, u64)>,
     paused_at: Option<Instant>,
-    last_set_at: Option<Instant>,
     downtime: Option<Duration>,
     parts: DowntimeParts,
 }
@@ -86,7 +85,6 @@ impl Stats {
             wire_rate: None,
             wire_mark: None,
             paused_at: None,
-            last_set_at: None,
             downtime: None,
             parts: DowntimeParts::default(),
         }
@@ -152,7 +150,6 @@ impl Stats {
         self.attempts += 1;
         self.parts = DowntimeParts::default();
         self.downtime = None;
-        self.last_set_at = None;
         self.paused_at = Some(Instant::now());
     }
 
@@ -166,11 +163,9 @@ impl Stats {
         self.fixed.final_scan = took;
     }
 
-    /// `sent` went out after the pause, in a flight that `began` then and has come so far now.
-    pub(super) fn on_last_set(&mut self, began: Instant, sent: RoundStats) {
-        let now = Instant::now();
-        self.last_set_at = Some(now);
-        let elapsed = (now - began).saturating_sub(self.parts.verify_ms.0);
+    /// `sent` went out after the pause, in `took`.
+    pub(super) fn on_last_set(&mut self, took: Duration, sent: RoundStats) {
+        let elapsed = took.saturating_sub(self.parts.verify_ms.0);
         self.parts.last_set_ms = Millis(elapsed);
         self.last_set = Some(RoundStats {
             number: self.next_round(),
@@ -189,14 +184,12 @@ impl Stats {
         self.bytes_compared = bytes;
     }
 
-    /// The part of the downtime is what it took longer than the last set beside it. Next time there may be less to be beside of, so the
+    /// The part of the downtime is what it took longer than the last set beside it, which was sent `at` that moment. Next time there may be less to be beside of, so the
     /// prediction is told the whole.
-    pub(super) fn on_state_saved(&mut self, saved: &Saved) {
+    pub(super) fn on_state_saved(&mut self, saved: &Saved, at: Instant) {
         self.device_state_bytes = saved.state.len() as u64;
-        let alone_from = self
-            .last_set_at
-            .map_or(saved.began, |at| at.max(saved.began));
-        self.parts.state_save_ms = Millis(saved.ended.saturating_duration_since(alone_from));
+        let alone = saved.ended.saturating_duration_since(at.max(saved.began));
+        self.parts.state_save_ms = Millis(alone);
         self.fixed.state_save = saved.ended - saved.began;
     }
 

@@ -104,9 +104,12 @@ impl NbdServer {
         Nbd::connect(&self.socket(), id, contexts).await
     }
 
-    /// Stops the server; its exports are gone when this returns.
-    pub(super) async fn stop(self, qmp: &Qmp) -> Result<(), QmpError> {
-        qmp.execute("nbd-server-stop", json!({})).await.map(drop)
+    /// Stops the server, if there is one; its exports are gone when this returns.
+    pub(super) async fn stop(server: Option<Self>, qmp: &Qmp) -> Result<(), QmpError> {
+        if server.is_some() {
+            qmp.execute("nbd-server-stop", json!({})).await?;
+        }
+        Ok(())
     }
 }
 

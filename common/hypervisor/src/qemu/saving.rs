@@ -3,8 +3,10 @@
 //! Owns the order: exports and server gone, nothing in the way, then saved, and nobody touched the guest meanwhile. QEMU's
 //! descriptor of the file is taken back however it ends.
 
+use std::time::Duration;
+
 use serde_json::json;
-use tokio::time::{Duration, Instant};
+use tokio::time::Instant;
 
 use super::inventory;
 use super::nbd_server::NbdServer;
@@ -69,15 +71,11 @@ impl Saving {
     /// Exports and server gone, nothing in the way of the device state: else QEMU would crash in saving it.
     async fn clear_the_way(&mut self) -> Result<(), GuestError> {
         let qmp = &self.qmp;
-        let server = self.server.take();
-        let closed = async {
-            match server {
-                Some(server) => server.stop(qmp).await,
-                None => Ok(()),
-            }
-        };
-        let migrate = qmp.execute("query-migrate", json!({}));
-        let (closed, exports, migrate) = tokio::join!(closed, inventory::exports(qmp), migrate);
+        let (closed, exports, migrate) = tokio::join!(
+            NbdServer::stop(self.server.take(), qmp),
+            inventory::exports(qmp),
+            qmp.execute("query-migrate", json!({})),
+        );
         closed?;
         if let Some(export) = exports?.first() {
             return Err(GuestError::Touched(format!(

@@ -248,10 +248,7 @@ impl SourceDisks {
 
     /// Ends all exports and the server. The bitmaps go on recording.
     async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
-        match self.let_go() {
-            Some(server) => server.stop(qmp).await,
-            None => Ok(()),
-        }
+        NbdServer::stop(self.let_go(), qmp).await
     }
 
     /// Reads nothing any more; the server that is to be stopped has the exports.

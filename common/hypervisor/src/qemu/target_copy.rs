@@ -87,10 +87,7 @@ impl TargetDisks {
     /// Ends the exports; what was not flushed may be lost.
     pub(super) async fn close(&mut self, qmp: &Qmp) -> Result<(), QmpError> {
         self.forget();
-        match self.server.take() {
-            Some(server) => server.stop(qmp).await,
-            None => Ok(()),
-        }
+        NbdServer::stop(self.server.take(), qmp).await
     }
 
     fn forget(&self) {
