@@ -22,6 +22,7 @@ use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
 use vmferry_common::pace::Pacer;
 use vmferry_common::sent::{Secret, SentBlocks};
 use vmferry_hypervisor::{GuestError, RegionReader};
+use vmferry_proto::frame::Encoding;
 use vmferry_proto::geometry::{RegionLen, WindowRef};
 use vmferry_proto::ids::Lane;
 use vmferry_proto::ledger::FrameJob;
@@ -342,9 +343,9 @@ impl Worker {
 
     /// Encodes what was read, as the policy says, and tells it what came of that.
     fn encode(&mut self, blocks: &Blocks<'_>, job: &LaneJob) -> Result<Encoded, CodecError> {
-        let (level, refers) = {
+        let (effort, refers) = {
             let policy = &mut self.counters.compress().0;
-            (policy.next_level(), policy.refers())
+            (policy.next_effort(), policy.refers())
         };
         // The destination reads what it has there, which of a disk may take longer than the bytes.
         let of_memory = job.kind == RegionKind::Memory;
@@ -365,13 +366,15 @@ impl Worker {
             kept,
             elsewhere,
         });
-        let encoded = self.encoder.encode_filled(blocks, level, before)?;
+        let encoded = self.encoder.encode_filled(blocks, effort, before)?;
         if let Some(time) = encoded.compress_time {
             let policy = &mut self.counters.compress().0;
-            if encoded.by_reference.is_empty() {
-                policy.on_compressed(encoded.raw_len, encoded.payload.len(), time);
-            } else {
-                policy.on_referring(time);
+            match encoded.encoding {
+                Encoding::Zstd => {
+                    policy.on_compressed(encoded.raw_len, encoded.payload.len(), time);
+                }
+                Encoding::Raw => policy.on_incompressible(time),
+                Encoding::Difference | Encoding::Duplicate => policy.on_referring(time),
             }
         }
         Ok(encoded)

@@ -17,6 +17,7 @@ use vmferry_proto::ids::FrameSeq;
 use vmferry_proto::limits::MAX_FRAME_BLOCKS;
 use vmferry_proto::spec::RegionKind;
 
+use crate::compress::Effort;
 use crate::digest::{self, PlainDigest};
 use crate::duplicates::Duplicates;
 use crate::kept::{self, KeptBlocks};
@@ -28,6 +29,7 @@ mod press;
 
 pub use decode::Decoder;
 pub use press::EncoderPool;
+use press::Press;
 
 /// What all blocks are compared with.
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
@@ -222,14 +224,14 @@ impl Encoder {
         }
     }
 
-    /// Encodes blocks, with zstd at `level` where one is given and it makes them smaller.
+    /// Encodes blocks, with zstd at `level` where one is given and it makes them smaller, whatever a sample of them says.
     pub fn encode(
         &mut self,
         blocks: &Blocks<'_>,
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         self.room(blocks.bytes.len()).copy_from_slice(blocks.bytes);
-        self.encode_filled(blocks, level, None)
+        self.encode_filled(blocks, level.map(Effort::from), None)
     }
 
     /// Room for the bytes of the blocks that [`encode_filled`](Self::encode_filled) is then called for. What is in it
@@ -249,7 +251,7 @@ impl Encoder {
     pub fn encode_filled(
         &mut self,
         blocks: &Blocks<'_>,
-        level: Option<i32>,
+        effort: Option<Effort>,
         before: Option<Before<'_>>,
     ) -> Result<Encoded, CodecError> {
         let Some(Before {
@@ -259,13 +261,13 @@ impl Encoder {
         }) = before
         else {
             let shape = self.compact(blocks, None)?;
-            return self.finish(blocks, &shape, level, (None, Vec::new()));
+            return self.finish(blocks, &shape, effort, (None, Vec::new()));
         };
         let shape = self.compact(blocks, Some(sent))?;
         let found = elsewhere.map_or_else(Vec::new, |elsewhere| {
             elsewhere.find(blocks, sent.contents(blocks.window, &shape.data))
         });
-        self.finish(blocks, &shape, level, (kept, found))
+        self.finish(blocks, &shape, effort, (kept, found))
     }
 
     /// Makes the frame of what is in `raw`, by reference to what was kept of it or was found elsewhere where that saves bytes.
@@ -273,14 +275,15 @@ impl Encoder {
         &mut self,
         blocks: &Blocks<'_>,
         shape: &Shape,
-        level: Option<i32>,
+        effort: Option<Effort>,
         (kept, found): (Option<KeptBefore<'_>>, Vec<(u32, BlockRef)>),
     ) -> Result<Encoded, CodecError> {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
         let started = Instant::now();
-        let level = level.filter(|_| !self.raw.is_empty());
+        let effort = effort.filter(|_| !self.raw.is_empty());
+        let level = self.level_of(effort)?;
         let kept = kept.map(|kept| KeptBefore {
             // A frame has one or the other.
             differ: kept.differ && found.is_empty(),
@@ -302,7 +305,7 @@ impl Encoder {
                 None => (Encoding::Raw, WindowBits::EMPTY, self.payload()),
             }
         };
-        let tried = level.is_some() || !by_reference.is_empty();
+        let tried = effort.is_some() || !by_reference.is_empty();
         let compress_time = tried.then(|| started.elapsed());
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
@@ -320,6 +323,15 @@ impl Encoder {
             payload,
             compress_time,
         })
+    }
+
+    /// The level at which what is in `raw` is worth to be compressed.
+    fn level_of(&self, effort: Option<Effort>) -> Result<Option<i32>, CodecError> {
+        let Some(Effort { level, sampled }) = effort else {
+            return Ok(None);
+        };
+        let worth = !sampled || self.with_press(level, |press| press.shrinks(&self.raw))?;
+        Ok(worth.then_some(level))
     }
 
     /// The payload of a frame of differences, and its blocks that are; `None` where there is nothing to gain. Whatever comes of it,
@@ -378,20 +390,19 @@ impl Encoder {
             blocks: near,
             digest: digest.finish(),
         };
-        let level = level.unwrap_or(DIFFERENCE_LEVEL);
-        let setup = |source| CodecError::Setup { level, source };
-        let mut press = self.pool.press(level).map_err(setup)?;
-        let mut content = std::mem::take(&mut press.differences);
-        content.clear();
-        content.extend_from_slice(&self.raw);
-        for (block, place) in places().filter(|(block, _)| near.contains(*block)) {
-            if let Some((content, base)) = content.get_mut(place).zip(kept.get(window, block)) {
-                kept::difference(content, base);
+        let packed = self.with_press(level.unwrap_or(DIFFERENCE_LEVEL), |press| {
+            let mut content = std::mem::take(&mut press.differences);
+            content.clear();
+            content.extend_from_slice(&self.raw);
+            for (block, place) in places().filter(|(block, _)| near.contains(*block)) {
+                if let Some((content, base)) = content.get_mut(place).zip(kept.get(window, block)) {
+                    kept::difference(content, base);
+                }
             }
-        }
-        let packed = press.pack(&bases.encode(), &content).map_err(setup)?;
-        press.differences = content;
-        self.pool.presses().push(press);
+            let packed = press.pack(&bases.encode(), &content);
+            press.differences = content;
+            packed
+        })?;
         Ok(packed.map(|packed| (near, packed)))
     }
 
@@ -450,11 +461,20 @@ impl Encoder {
         head: &[u8],
         content: &[u8],
     ) -> Result<Option<Bytes>, CodecError> {
+        self.with_press(level, |press| press.pack(head, content))
+    }
+
+    /// Does something with a context of zstd's that is set to `level`.
+    fn with_press<T>(
+        &self,
+        level: i32,
+        work: impl FnOnce(&mut Press) -> std::io::Result<T>,
+    ) -> Result<T, CodecError> {
         let setup = |source| CodecError::Setup { level, source };
         let mut press = self.pool.press(level).map_err(setup)?;
-        let packed = press.pack(head, content).map_err(setup)?;
+        let done = work(&mut press).map_err(setup)?;
         self.pool.presses().push(press);
-        Ok(packed)
+        Ok(done)
     }
 }
 
@@ -586,7 +606,7 @@ mod tests {
             let mut encoder = Encoder::new();
             encoder.room(MAX_FRAME_PAYLOAD as usize).fill(0xdd);
             encoder.room(bytes.len()).copy_from_slice(&bytes);
-            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level, None).unwrap();
+            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level.map(Effort::from), None).unwrap();
             prop_assert_eq!(filled.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
             prop_assert_eq!(&filled.payload, &encoded.payload);
             let header = encoded.header(FrameSeq(1));
@@ -790,7 +810,7 @@ mod tests {
                     kept: Some(KeptBefore { blocks: &mut kept, again: true, differ: true }),
                     elsewhere: None,
                 };
-                let encoded = encoder.encode_filled(&blocks, level, Some(before)).unwrap();
+                let encoded = encoder.encode_filled(&blocks, level.map(Effort::from), Some(before)).unwrap();
                 let header = encoded.header(FrameSeq(1));
                 header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
                 for (at, new) in &content {

@@ -3,14 +3,14 @@
 //! Owns the decision, as a pure machine fed with what was measured; it reads no clock. `auto` begins with the
 //! fastest level, goes up while the link is the bottleneck and cores are free, and down while the cores are. Raw is the yardstick:
 //! a stretch is sent raw where compression may be what holds the copy up, and now and then otherwise, and what carries fewer guest
-//! bytes per second than raw is turned off. Where content does not shrink, ever fewer frames are tried: see `Patience`.
+//! bytes per second than raw is turned off. Whether a frame's content shrinks at all is asked of a sample of it: see [`Effort`].
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// What `auto` climbs. The first has nearly the ratio of the second in less time, which counts where the cores are the bottleneck.
-const LADDER: [i32; 5] = [-3, 1, 3, 6, 9];
+const LADDER: [i32; 5] = [-1, 1, 3, 6, 9];
 /// Time that a byte takes at the next rung to what it takes at this one, roughly; what it really takes is measured there.
 const STEEPNESS: f64 = 2.5;
 /// Share of all workers' time that compression may take where it went up: the guests of this host want the cores too.
@@ -21,8 +21,6 @@ const HARMLESS_SHARE: f64 = 0.25;
 const LEVELS: std::ops::RangeInclusive<i32> = -7..=19;
 /// While raw, one frame of this many is compressed to see what it would come to.
 const PROBE_EVERY: u64 = 64;
-/// Of frames that do not shrink one of so many more is tried.
-const MOST_SKIPPED: u32 = 32;
 /// Below this ratio compression is not worth the peer's time.
 const MIN_RATIO: f64 = 1.1;
 /// Expected gain at which compression is turned on; off needs no gain, so that it does not flap.
@@ -47,6 +45,11 @@ const FIRST_LOOK: Duration = Duration::from_secs(2);
 const RAW_MEMORY: Duration = Duration::from_secs(20);
 /// The longest time without a look at raw: a link may have become faster.
 const MAX_RAW_MEMORY: Duration = Duration::from_secs(160);
+/// What the link has to carry at a level of what it carried at the one below: less says that the level starves it, however long
+/// senders wait, since compression and transport share the cores.
+const LEAST_CARRIED: f64 = 0.93;
+/// Intervals, those of settling included, until what the link carries is known well enough: frames are counted whole as they go.
+const CARRIED_KNOWN: u32 = SETTLE + 4;
 /// After a level was too high it is not tried for this time.
 const CLIMB_PAUSE: Duration = Duration::from_secs(20);
 /// The first intervals after a change still carry frames of before.
@@ -103,34 +106,40 @@ pub struct Interval {
     pub elapsed: Duration,
     /// Guest bytes that were handed to the transport, before compression, zero blocks left out.
     pub raw_bytes: u64,
+    /// Bytes of headers and payloads that became of them.
+    pub wire_bytes: u64,
     /// Share of the time for which the senders waited for the transport or the bandwidth limit: 0 to 1.
     pub link_wait: f64,
 }
 
-/// Frames in a row that go raw because what was tried before did not shrink: twice as many each time, and none as soon as one
-/// does shrink.
-#[derive(Debug, Default)]
-struct Patience {
-    skip: u32,
-    left: u32,
+/// How a frame is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effort {
+    /// zstd's level.
+    pub level: i32,
+    /// Whether a frame of which a sample does not shrink goes raw.
+    pub sampled: bool,
 }
 
-impl Patience {
-    /// Whether the next frame is to be tried.
-    fn tries(&mut self) -> bool {
-        let tries = self.left == 0;
-        self.left = self.left.saturating_sub(1);
-        tries
+impl From<i32> for Effort {
+    /// At `level`, whatever the content.
+    fn from(level: i32) -> Self {
+        Self {
+            level,
+            sampled: false,
+        }
     }
+}
 
-    fn on_tried(&mut self, shrank: bool) {
-        self.skip = if shrank {
-            0
-        } else {
-            (self.skip * 2).clamp(1, MOST_SKIPPED)
-        };
-        self.left = self.skip;
-    }
+/// What an interval comes to.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    now: Duration,
+    /// Guest bytes per second.
+    goodput: f64,
+    link_wait: f64,
+    /// Of all workers' time, what compression took.
+    share: f64,
 }
 
 /// How frames are sent.
@@ -151,7 +160,6 @@ pub struct CompressPolicy {
     workers: f64,
     frames: u64,
     stage: Stage,
-    patience: Patience,
     /// Guest bytes per byte on the wire, of what was tried.
     ratio: Option<f64>,
     /// Guest bytes that one worker compresses per second at the present level.
@@ -167,6 +175,9 @@ pub struct CompressPolicy {
     paused_until: Duration,
     pause: Duration,
     climb_after: Duration,
+    /// Bytes per second on the wire in this stage, and at the level below if that was left for this one.
+    carried: Option<f64>,
+    carried_below: f64,
 }
 
 impl CompressPolicy {
@@ -178,7 +189,6 @@ impl CompressPolicy {
             workers: f64::from(workers.max(1)),
             frames: 0,
             stage: Stage::Packed(0),
-            patience: Patience::default(),
             ratio: None,
             speed: None,
             packing: Duration::ZERO,
@@ -189,6 +199,8 @@ impl CompressPolicy {
             paused_until: Duration::ZERO,
             pause: FIRST_PAUSE,
             climb_after: Duration::ZERO,
+            carried: None,
+            carried_below: 0.0,
         }
     }
 
@@ -213,21 +225,24 @@ impl CompressPolicy {
         self.packing += time;
     }
 
-    /// zstd level of the next frame, or `None` for raw.
-    pub fn next_level(&mut self) -> Option<i32> {
-        match self.mode {
-            CompressMode::Off => None,
-            CompressMode::Level(level) => Some(level),
+    /// How the next frame is compressed, or `None` for raw.
+    pub fn next_effort(&mut self) -> Option<Effort> {
+        let level = match self.mode {
+            CompressMode::Off => return None,
+            CompressMode::Level(level) => return Some(level.into()),
             CompressMode::Auto => {
                 self.frames += 1;
                 match self.stage {
-                    Stage::Packed(rung) if self.patience.tries() => LADDER.get(rung).copied(),
-                    Stage::Packed(_) => None,
+                    Stage::Packed(rung) => LADDER.get(rung).copied(),
                     Stage::Raw => (self.frames % PROBE_EVERY == 1).then_some(LADDER[0]),
                     Stage::Yardstick { .. } => None,
                 }
             }
-        }
+        };
+        level.map(|level| Effort {
+            level,
+            sampled: true,
+        })
     }
 
     /// A frame was compressed: guest bytes, bytes of its payload, time it took. Frames sent raw by decision are not told.
@@ -236,13 +251,17 @@ impl CompressPolicy {
             return;
         }
         let raw = f64::from(raw);
-        let ratio = raw / as_f64(payload as u64);
-        self.patience.on_tried(ratio >= MIN_RATIO);
-        mean(&mut self.ratio, ratio);
+        mean(&mut self.ratio, raw / as_f64(payload as u64));
         self.packing += time;
         if !time.is_zero() {
             mean(&mut self.speed, raw / time.as_secs_f64());
         }
+    }
+
+    /// A frame was to be compressed and goes raw, as it does not shrink, which took this time to see.
+    pub fn on_incompressible(&mut self, time: Duration) {
+        mean(&mut self.ratio, 1.0);
+        self.packing += time;
     }
 
     /// Some time has passed; `now` is any clock that does not go back. Best called every 100 to 500 ms.
@@ -261,12 +280,17 @@ impl CompressPolicy {
             return;
         }
         let goodput = as_f64(interval.raw_bytes) / elapsed;
+        mean(&mut self.carried, as_f64(interval.wire_bytes) / elapsed);
+        let seen = Seen {
+            now,
+            goodput,
+            link_wait: interval.link_wait,
+            share,
+        };
         match self.stage {
             Stage::Raw => self.judge_raw(now, goodput, interval.link_wait),
             Stage::Yardstick { rung, packed } => self.judge_yardstick(now, goodput, rung, packed),
-            Stage::Packed(rung) => {
-                self.judge_packed(now, goodput, rung, share, interval.link_wait);
-            }
+            Stage::Packed(rung) => self.judge_packed(rung, &seen),
         }
     }
 
@@ -297,14 +321,16 @@ impl CompressPolicy {
         self.change(Stage::Packed(rung));
     }
 
-    fn judge_packed(
-        &mut self,
-        now: Duration,
-        goodput: f64,
-        rung: usize,
-        share: f64,
-        link_wait: f64,
-    ) {
+    fn judge_packed(&mut self, rung: usize, seen: &Seen) {
+        let Seen {
+            now,
+            goodput,
+            link_wait,
+            share,
+        } = *seen;
+        let carried = self
+            .carried
+            .filter(|_| self.intervals_in_stage >= CARRIED_KNOWN);
         // Where the link no longer is the bottleneck it may have become faster since.
         let memory = if link_wait < LINK_BOUND {
             RAW_MEMORY
@@ -313,7 +339,8 @@ impl CompressPolicy {
         };
         let fresh = now.saturating_sub(self.looked) <= memory;
         let slower = fresh && self.raw_goodput.is_some_and(|raw| goodput < raw);
-        let too_high = share > MOST_SHARE || link_wait < LINK_BOUND || slower;
+        let starves = carried.is_some_and(|now| now < self.carried_below * LEAST_CARRIED);
+        let too_high = share > MOST_SHARE || link_wait < LINK_BOUND || slower || starves;
         // Senders that wait for the link would do so the more with everything raw.
         let suspect = now >= FIRST_LOOK && link_wait < LINK_BOUND && share > HARMLESS_SHARE;
         if rung > 0 && too_high {
@@ -324,13 +351,15 @@ impl CompressPolicy {
         } else if !fresh || (suspect && self.raw_goodput.is_none()) {
             let packed = goodput;
             self.change(Stage::Yardstick { rung, packed });
-        } else if link_wait >= LINK_BOUND_WELL
+        } else if let Some(carried) = carried
+            && link_wait >= LINK_BOUND_WELL
             && self.ratio.is_some_and(|ratio| ratio >= MIN_RATIO)
             && rung + 1 < LADDER.len()
             && share * STEEPNESS <= MOST_SHARE
             && now >= self.climb_after
         {
             self.change(Stage::Packed(rung + 1));
+            self.carried_below = carried;
         }
     }
 
@@ -354,8 +383,9 @@ impl CompressPolicy {
             self.speed = None;
         }
         self.stage = stage;
-        self.patience = Patience::default();
         self.intervals_in_stage = 0;
+        self.carried = None;
+        self.carried_below = 0.0;
     }
 }
 
@@ -376,7 +406,7 @@ fn as_f64(bytes: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{CompressMode, CompressPolicy, Interval, LADDER};
+    use super::{CARRIED_KNOWN, CompressMode, CompressPolicy, Interval, LADDER};
     use std::time::Duration;
 
     const STEP: Duration = Duration::from_millis(200);
@@ -418,10 +448,10 @@ mod tests {
         }
 
         fn rung(&mut self) -> Option<u64> {
-            let level = self.policy.next_level()?;
+            let effort = self.policy.next_effort()?;
             LADDER
                 .iter()
-                .position(|rung| *rung == level)
+                .position(|rung| *rung == effort.level)
                 .map(|at| at as u64)
         }
 
@@ -436,19 +466,24 @@ mod tests {
             while longest(reading, packing, sending) < STEP.as_secs_f64() {
                 let mut payload = u64::from(FRAME);
                 if let Some(rung) = self.rung() {
-                    let time = f64::from(FRAME) * f64::from(1 << rung) / self.compressor as f64;
+                    let mut time = f64::from(FRAME) * f64::from(1 << rung) / self.compressor as f64;
                     payload = u64::from(FRAME) * 10
                         / (self.ratio_tenths + rung * u64::from(self.ratio_tenths > 10));
-                    self.policy.on_compressed(
-                        FRAME,
-                        usize::try_from(payload).unwrap(),
-                        Duration::from_secs_f64(time),
-                    );
+                    if payload < u64::from(FRAME) {
+                        let payload = usize::try_from(payload).unwrap();
+                        let time = Duration::from_secs_f64(time);
+                        self.policy.on_compressed(FRAME, payload, time);
+                    } else {
+                        // Only the sample.
+                        time /= 32.0;
+                        self.policy.on_incompressible(Duration::from_secs_f64(time));
+                    }
                     packing += time;
                     came.packed += 1;
                 }
                 reading += f64::from(FRAME) / self.reader as f64;
                 sending += payload as f64 / self.link as f64;
+                interval.wire_bytes += payload;
                 interval.raw_bytes += u64::from(FRAME);
                 came.frames += 1;
             }
@@ -507,13 +542,18 @@ mod tests {
     }
 
     #[test]
-    fn content_that_does_not_shrink_is_hardly_tried() {
+    fn content_that_does_not_shrink_is_no_reason_to_let_others_go_raw() {
         let mut world = World::new(100, 900, 3000, 10);
         let came = world.run(200);
-        assert!(came.packed * 20 < came.frames, "{came:?}");
+        assert!(World::share_of(&came, 200, 100 * MB) > 0.99, "{came:?}");
+        assert!(
+            world
+                .policy
+                .next_effort()
+                .is_none_or(|effort| effort.sampled)
+        );
         // Now some that does.
         world.ratio_tenths = 40;
-        world.run(1);
         let came = world.run(20);
         assert!(came.packed * 10 > came.frames * 9, "{came:?}");
     }
@@ -526,7 +566,7 @@ mod tests {
         for _ in 0..1000 {
             let mut on = 0;
             for _ in 0..64 {
-                if policy.next_level().is_some() {
+                if policy.next_effort().is_some() {
                     policy.on_compressed(FRAME, 131_072, Duration::from_micros(1200));
                     on += 1;
                 }
@@ -540,12 +580,36 @@ mod tests {
                 &Interval {
                     elapsed: STEP,
                     raw_bytes: if on { 20 * MB } else { 60 * MB },
+                    wire_bytes: if on { 5 * MB } else { 60 * MB },
                     link_wait: 0.9,
                 },
             );
         }
         assert!((1..=8).contains(&switched_on), "{switched_on}");
         assert!(!was);
+    }
+
+    #[test]
+    fn a_level_that_starves_the_link_is_left_though_senders_wait() {
+        let mut policy = CompressPolicy::new(CompressMode::Auto, 1);
+        let (mut now, mut highest, mut too_high) = (Duration::ZERO, 0, 0);
+        for _ in 0..100 {
+            let level = policy.next_effort().unwrap().level;
+            policy.on_compressed(FRAME, 131_072, Duration::from_micros(100));
+            highest = highest.max(level);
+            too_high += u32::from(level > 1);
+            now += STEP;
+            let interval = Interval {
+                elapsed: STEP,
+                raw_bytes: 40 * MB,
+                wire_bytes: if level > 1 { 9 * MB } else { 10 * MB },
+                link_wait: 0.9,
+            };
+            policy.on_interval(now, &interval);
+        }
+        assert_eq!(highest, 3);
+        // Twenty seconds, and one try.
+        assert!(too_high <= 2 * CARRIED_KNOWN, "{too_high}");
     }
 
     #[test]
@@ -571,8 +635,8 @@ mod tests {
         let mut off = CompressPolicy::new(CompressMode::Off, 1);
         let mut three = CompressPolicy::new(CompressMode::Level(3), 1);
         for _ in 0..200 {
-            assert_eq!(off.next_level(), None);
-            assert_eq!(three.next_level(), Some(3));
+            assert_eq!(off.next_effort(), None);
+            assert_eq!(three.next_effort(), Some(3.into()));
         }
         assert!(three.refers() && !off.refers());
         for (text, mode) in [

@@ -34,6 +34,7 @@ pub struct LaneCounters {
 pub(super) struct Mark {
     at: Duration,
     raw_bytes: u64,
+    wire_bytes: u64,
     waited_ns: u64,
 }
 
@@ -61,6 +62,7 @@ impl LaneCounters {
         let now = Mark {
             at: self.began.elapsed(),
             raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
+            wire_bytes: self.wire(),
             waited_ns: self.waited_ns.load(Ordering::Relaxed),
         };
         let mut compress = self.compress();
@@ -71,6 +73,7 @@ impl LaneCounters {
         let interval = Interval {
             elapsed,
             raw_bytes: now.raw_bytes - last.raw_bytes,
+            wire_bytes: now.wire_bytes - last.wire_bytes,
             link_wait: if lane_time > 0.0 {
                 (waited / lane_time).min(1.0)
             } else {

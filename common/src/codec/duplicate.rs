@@ -77,6 +77,7 @@ mod tests {
 
     use super::*;
     use crate::codec::{Before, Decoder, Encoded};
+    use crate::compress::Effort;
     use crate::duplicates::Duplicates;
     use crate::sent::{Secret, SentBlocks};
 
@@ -141,7 +142,7 @@ mod tests {
                     seq: FrameSeq(1),
                 }),
             };
-            let encoded = encoder.encode_filled(&blocks, level, Some(before));
+            let encoded = encoder.encode_filled(&blocks, level.map(Effort::from), Some(before));
             duplicates.on_applied(Lane(0), FrameSeq(1));
             encoded.unwrap()
         };

@@ -5,10 +5,19 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
+use vmferry_proto::geometry::BLOCK_SIZE;
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::CParameter;
 
 use crate::buffers::FrameBuffers;
+
+/// Pieces of a frame that its sample is made of, and the bytes of each: a thirtieth of a whole frame.
+const PIECES: usize = 16;
+const PIECE: usize = 1024;
+/// A frame that is no longer than so many samples is compressed without a look at one.
+const FEW_SAMPLES: usize = 4;
+/// Share of the sample that compression has to save, in percent: less is not worth the peer's time.
+const LEAST_SAVED: usize = 5;
 
 /// zstd's context and its working memory: megabytes at the higher levels.
 pub(super) struct Press {
@@ -20,6 +29,30 @@ pub(super) struct Press {
 }
 
 impl Press {
+    /// Whether a sample of `content`, pieces from all over it, gets smaller.
+    pub(super) fn shrinks(&mut self, content: &[u8]) -> std::io::Result<bool> {
+        if content.len() <= FEW_SAMPLES * PIECES * PIECE {
+            return Ok(true);
+        }
+        let mut sample = [0; PIECES * PIECE];
+        let apart = content.len() / PIECES;
+        let pieces = sample.chunks_mut(PIECE).zip(content.chunks(apart));
+        for (at, (piece, content)) in pieces.enumerate() {
+            // Not the same part of every block: what begins alike may go on differently.
+            let from = at * PIECE % BLOCK_SIZE as usize;
+            if let Some(content) = content.get(from..from + PIECE) {
+                piece.copy_from_slice(content);
+            }
+        }
+        self.packed.clear();
+        self.packed
+            .reserve(zstd::zstd_safe::compress_bound(sample.len()));
+        let len = self
+            .compressor
+            .compress_to_buffer(&sample, &mut self.packed)?;
+        Ok(len * 100 <= sample.len() * (100 - LEAST_SAVED))
+    }
+
     /// `head` and, behind it, `content` compressed; `None` where that is not smaller than `content`.
     pub(super) fn pack(&mut self, head: &[u8], content: &[u8]) -> std::io::Result<Option<Bytes>> {
         self.packed.clear();
@@ -86,4 +119,52 @@ fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
     compressor.set_parameter(CParameter::ChecksumFlag(false))?;
     compressor.set_parameter(CParameter::ContentSizeFlag(false))?;
     Ok(compressor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(len: usize) -> Vec<u8> {
+        let mut state = 7u64;
+        let mut byte = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[4]
+        };
+        (0..len).map(|_| byte()).collect()
+    }
+
+    fn shrinks(content: &[u8]) -> bool {
+        EncoderPool::default()
+            .press(-1)
+            .unwrap()
+            .shrinks(content)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_sample_tells_whether_content_shrinks() {
+        for len in [65_537, 400_000, 524_288] {
+            let mut content = random(len);
+            assert!(!shrinks(&content), "{len} random bytes");
+            // Every fifth block is text.
+            for block in content.chunks_mut(4096).step_by(5) {
+                block.fill(b'a');
+            }
+            assert!(shrinks(&content), "{len} bytes");
+            assert!(shrinks(&vec![7; len]));
+        }
+        assert!(shrinks(&random(65_536)), "too little for a sample");
+    }
+
+    #[test]
+    fn blocks_that_begin_alike_and_go_on_differently_do_not_shrink() {
+        let mut content = random(524_288);
+        for block in content.chunks_mut(4096) {
+            block[..150].fill(0);
+        }
+        assert!(!shrinks(&content));
+    }
 }
