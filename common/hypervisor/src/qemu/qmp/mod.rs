@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, oneshot, watch};
+use tokio::time::Instant;
 
 pub use connect::Version;
 pub use error::QmpError;
@@ -142,6 +143,7 @@ impl Qmp {
         limit: Duration,
     ) -> Result<Value, QmpError> {
         let shared = &self.inner.shared;
+        let begun = Instant::now();
         let id = shared.next_id.fetch_add(1, Ordering::Relaxed);
         let mut message =
             serde_json::to_vec(&json!({ "execute": command, "arguments": arguments, "id": id }))
@@ -159,6 +161,7 @@ impl Qmp {
             .map_err(|_| shared.not_sent(command))?;
         let outcome = tokio::time::timeout(limit, answer).await;
         drop(waiting);
+        tracing::trace!(command, elapsed = ?begun.elapsed(), "asked QEMU");
         match outcome {
             Ok(Ok(Ok(value))) => Ok(value),
             Ok(Ok(Err(refusal))) => Err(QmpError::refused(command, &refusal)),
