@@ -148,6 +148,7 @@ async fn prepare(site: &Site) -> (Client, Box<dyn SourceGuest>, RegisterId) {
     let register = client.expect_welcome().await.register;
     client
         .say(ToDestination::Offer(Offer {
+            populated: Vec::new(),
             spec: guest.spec().clone(),
         }))
         .await;
@@ -239,6 +240,7 @@ async fn a_prepared_guest_that_is_given_up_never_runs_and_the_next_attempt_arriv
     let mut second = Client::welcome(&site, again.clone()).await;
     second
         .say(ToDestination::Offer(Offer {
+            populated: Vec::new(),
             spec: guest.spec().clone(),
         }))
         .await;

@@ -162,12 +162,18 @@ async fn a_message_that_is_not_due_ends_the_session() {
     client.expect_welcome().await;
     client.offer().await;
     client
-        .say(ToDestination::Offer(Offer { spec: spec() }))
+        .say(ToDestination::Offer(Offer {
+            spec: spec(),
+            populated: Vec::new(),
+        }))
         .await;
     client.expect_error(ErrorCode::ProtocolViolation).await;
     let mut client = Client::silent(&site, "alpha", hello(21)).await;
     client
-        .say(ToDestination::Offer(Offer { spec: spec() }))
+        .say(ToDestination::Offer(Offer {
+            spec: spec(),
+            populated: Vec::new(),
+        }))
         .await;
     client.expect_error(ErrorCode::ProtocolViolation).await;
     site.still_serves().await;
@@ -517,7 +523,12 @@ async fn regions_of_another_size_are_refused_before_anything_is_copied() {
     let mut client = Client::welcome(&site, hello(1)).await;
     let mut spec = spec();
     spec.regions[0].len.0 = RAM * 2;
-    client.say(ToDestination::Offer(Offer { spec })).await;
+    client
+        .say(ToDestination::Offer(Offer {
+            spec,
+            populated: Vec::new(),
+        }))
+        .await;
     let error = client.expect_error(ErrorCode::Incompatible).await;
     assert!(error.detail.contains("ram"), "{error}");
     site.still_serves().await;

@@ -25,7 +25,6 @@ use vmferry_proto::ids::{
 };
 use vmferry_proto::message::{Hello, Offer, ToDestination, ToSource, Welcome};
 use vmferry_proto::session_source::{SourceSession, SourceSessionEvent};
-use vmferry_proto::spec::GuestSpec;
 use vmferry_proto::version::{COMPARE, Features, SUPPORTED};
 
 use crate::error::{LinkError, MigrateError};
@@ -226,9 +225,8 @@ impl Session {
     ///
     /// # Errors
     /// The link.
-    pub async fn offer(&mut self, spec: &GuestSpec) -> Result<(), LinkError> {
-        self.send(&ToDestination::Offer(Offer { spec: spec.clone() }))
-            .await
+    pub async fn offer(&mut self, offer: Offer) -> Result<(), LinkError> {
+        self.send(&ToDestination::Offer(offer)).await
     }
 
     /// Opens the lanes, after `Ready`, for a guest of so many `blocks`.

@@ -8,6 +8,8 @@ pub const MAX_DETAIL: usize = 4096;
 pub const MAX_NAME: usize = 512;
 /// Most regions of a guest.
 pub const MAX_REGIONS: usize = 1024;
+/// Most ranges of populated windows in an `Offer`.
+pub const MAX_POPULATED: usize = 4096;
 /// Most devices listed.
 pub const MAX_DEVICES: usize = 2048;
 /// Longest region: 64 TiB.

@@ -3,6 +3,8 @@
 //! Owns the types; `wire` is the only door between them and protobuf. Everything a peer can send has
 //! passed the caps of `limits` by the time it is one of these.
 
+use std::ops::Range;
+
 use crate::error::WireError;
 use crate::geometry::{WindowBits, WindowIndex};
 use crate::ids::{
@@ -152,6 +154,17 @@ pub struct Welcome {
 pub struct Offer {
     /// The guest.
     pub spec: GuestSpec,
+    /// Memory that the destination may touch ahead of the data (`[WIRE-58]`).
+    pub populated: Vec<PopulatedWindows>,
+}
+
+/// Windows of a memory region of which the source's guest has every page, one behind the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PopulatedWindows {
+    /// The region.
+    pub region: RegionId,
+    /// The windows, all of them inside the region.
+    pub windows: Range<u32>,
 }
 
 /// The guest can be received.

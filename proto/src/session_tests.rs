@@ -49,6 +49,7 @@ fn welcome() -> Welcome {
 
 fn offer() -> Offer {
     Offer {
+        populated: Vec::new(),
         spec: GuestSpec {
             name: "web".parse().unwrap(),
             uuid: None,

@@ -83,7 +83,10 @@ impl Pair {
         };
         assert!(pair.ask(ToDestination::Hello(hello)));
         assert!(pair.answer(ToSource::Welcome(welcome)));
-        assert!(pair.ask(ToDestination::Offer(Offer { spec })));
+        assert!(pair.ask(ToDestination::Offer(Offer {
+            spec,
+            populated: Vec::new()
+        })));
         assert!(pair.answer(ToSource::Ready(ready)));
         assert!(pair.ask(ToDestination::Converged));
         assert!(pair.ask(ToDestination::OpenAttempt { attempt: ATTEMPT }));

@@ -325,6 +325,7 @@ impl Migration {
             options: TargetOptions {
                 run_dir: self.folder().path,
                 journal: self.namer.clone(),
+                populated: self.populated.clone(),
             },
             folder: self.folder(),
             hooks: self.hooks.clone(),

@@ -213,7 +213,7 @@ impl Migration {
     }
 
     async fn on_offer(&mut self, offer: Offer) {
-        let spec = offer.spec;
+        let Offer { spec, populated } = offer;
         if spec.name != self.config.name {
             let error = out_of_order(&format!("an offer of guest {}", spec.name));
             self.on_violation(error).await;
@@ -232,6 +232,7 @@ impl Migration {
         if self.spec.is_none() {
             self.spec = Some(std::sync::Arc::new(spec));
         }
+        self.populated = populated.into();
         self.feed_peer(DestinationEvent::Offered).await;
     }
 

@@ -26,7 +26,7 @@ use vmferry_hypervisor::{GuestLife, TargetGuest};
 use vmferry_proto::error::WireError;
 use vmferry_proto::handover::{DestinationHandover, DestinationState, ProcessRecord};
 use vmferry_proto::ids::Incarnation;
-use vmferry_proto::message::ResumePoint;
+use vmferry_proto::message::{PopulatedWindows, ResumePoint};
 use vmferry_proto::spec::GuestSpec;
 
 use crate::board::Board;
@@ -104,6 +104,8 @@ struct Migration {
     noted: bool,
     requests: mpsc::Receiver<Request>,
     spec: Option<Arc<GuestSpec>>,
+    /// Memory that a new copy may touch ahead of the data, by the last offer.
+    populated: Arc<[PopulatedWindows]>,
     copy: Option<Copied>,
     session: Option<Session>,
     /// Positions of the last session that carried data.
@@ -198,6 +200,7 @@ impl Migration {
             noted: false,
             requests,
             spec: None,
+            populated: Arc::default(),
             copy: None,
             session: None,
             resume: None,

@@ -385,7 +385,11 @@ impl Client {
     }
 
     pub async fn offer(&mut self) -> Ready {
-        self.say(ToDestination::Offer(Offer { spec: spec() })).await;
+        self.say(ToDestination::Offer(Offer {
+            spec: spec(),
+            populated: Vec::new(),
+        }))
+        .await;
         match self.hear().await {
             ToSource::Ready(ready) => ready,
             other => panic!("not Ready: {other:?}"),

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use vmferry_common::causes::chain;
 use vmferry_proto::error::WireError;
 use vmferry_proto::handover::SourceEvent;
-use vmferry_proto::message::{Ready, ToSource};
+use vmferry_proto::message::{Offer, Ready, ToSource};
 
 use super::Migration;
 use super::copy::NoSession;
@@ -45,9 +45,18 @@ impl Migration {
     /// Offers the guest and opens the lanes; what the destination has already is not sent again.
     pub(super) async fn offer(&mut self) -> Result<(), MigrateError> {
         let spec = self.guest.spec().clone();
+        let offer = Offer {
+            spec: spec.clone(),
+            // Only a copy that is made anew has something to touch.
+            populated: if self.stats.sessions == 1 {
+                self.guest.populated().await
+            } else {
+                Vec::new()
+            },
+        };
         let session = self.session.as_mut().ok_or(NoSession)?;
         session
-            .offer(&spec)
+            .offer(offer)
             .await
             .map_err(MigrateError::SessionLost)?;
         let ready = self.await_ready().await?;

@@ -13,6 +13,7 @@ use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::geometry::{RegionBits, Run};
 use vmferry_proto::handover::RunPermit;
 use vmferry_proto::ids::{Incarnation, RegionId};
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::{GuestSpec, RunState};
 
 use crate::error::GuestError;
@@ -29,6 +30,11 @@ pub trait SourceGuest: Send + std::fmt::Debug {
 
     /// Handle for reading `region`, usable from several tasks at once; `None` for an id that is not in the spec.
     fn reader(&self, region: RegionId) -> Option<Arc<dyn RegionReader>>;
+
+    /// Memory of which the guest has every page: what a destination may touch ahead. A hint; none is right too.
+    async fn populated(&mut self) -> Vec<PopulatedWindows> {
+        Vec::new()
+    }
 
     /// Begins to track writes to every region. After it, no write is missed: each shows in a later
     /// [`take_dirty`](Self::take_dirty) or the first one.

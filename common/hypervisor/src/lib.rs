@@ -16,6 +16,7 @@ pub mod open;
 pub mod qemu;
 pub mod sim;
 mod space;
+mod touching;
 pub mod watched;
 
 pub use error::GuestError;

@@ -8,22 +8,30 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use vmferry_common::process::ProcessIdentity;
 use vmferry_memtrack::{
-    MemoryRange, MemoryRun, PageSet, ProcessHandle, RemoteMemory, ScanLog, TrackError, Tracker,
+    Backing, MemoryRange, MemoryRun, PageSet, ProcessHandle, RemoteMemory, ScanLog, TrackError,
+    Tracker,
 };
 use vmferry_proto::geometry::{RegionBits, RegionLen, Run, WINDOW_SIZE};
 use vmferry_proto::ids::RegionId;
+use vmferry_proto::limits::MAX_POPULATED;
+use vmferry_proto::message::PopulatedWindows;
 
 use crate::error::GuestError;
 use crate::guest::{RegionReader, RegionWriter, Settlement, Taken};
 use crate::marks::{MarkLog, TrackingLeft};
+use crate::touching::{Touching, Windows};
 use crate::watched;
 
+/// Bytes of a region that are looked at for populated windows at once: some milliseconds of the kernel's time at most.
+const LOOK_PIECE: usize = 1 << 30;
+/// The time for which populated windows are looked for: longer than the other side takes to make ready nobody waits for a hint.
+const LOOK_LIMIT: Duration = Duration::from_millis(50);
 /// Runs farther apart than this are asked for their holes one by one.
 const WIDEST_ASKED: u64 = 8 << 20;
 
@@ -54,6 +62,13 @@ pub struct ProcessMemory {
     blocks: Vec<MemoryBlock>,
     marks: Arc<Mutex<Marks>>,
     log: Option<Arc<dyn MarkLog>>,
+    touching: Arc<Touching>,
+}
+
+impl Drop for ProcessMemory {
+    fn drop(&mut self) {
+        self.touching.end();
+    }
 }
 
 /// The tracker, and what was taken from it.
@@ -85,7 +100,27 @@ impl ProcessMemory {
             blocks,
             marks: Arc::default(),
             log: None,
+            touching: Arc::default(),
         })
+    }
+
+    /// Windows of which every page was touched, ascending: at most [`MAX_POPULATED`] ranges, and no more than a moment's look finds.
+    /// A hint, which asks nothing of the guest; where there is none the list ends.
+    pub async fn populated_windows(&self) -> Vec<PopulatedWindows> {
+        let memory = Arc::clone(&self.memory);
+        let blocks = self.blocks.clone();
+        let look = move || look_for_populated(&memory, &blocks);
+        tokio::task::spawn_blocking(look).await.unwrap_or_default()
+    }
+
+    /// Touches `populated`, as far as it is untouched, until anybody reads or writes the memory.
+    pub fn touch_ahead(&self, populated: &[PopulatedWindows]) {
+        let windows = populated.iter().filter_map(|populated| {
+            let (index, _) = self.find(populated.region).ok()?;
+            let windows = populated.windows.clone();
+            Some(Windows { index, windows })
+        });
+        self.touching.begin(&self.memory, windows.collect());
     }
 
     /// Begins to track writes to all regions: the first take reports everything.
@@ -222,6 +257,7 @@ impl ProcessMemory {
         Some(MemoryAccess {
             memory: Arc::clone(&self.memory),
             index,
+            touching: Arc::clone(&self.touching),
         })
     }
 
@@ -247,6 +283,41 @@ impl ProcessMemory {
             .map_err(|error| GuestError::Tracking(Box::new(error)))?
             .map_err(tracking)
     }
+}
+
+/// The windows of `blocks` of which every page was touched.
+fn look_for_populated(memory: &RemoteMemory, blocks: &[MemoryBlock]) -> Vec<PopulatedWindows> {
+    let (begun, mut found) = (Instant::now(), Vec::new());
+    for (index, block) in blocks.iter().enumerate() {
+        if memory.backing(index) == Some(Backing::Opaque) {
+            continue;
+        }
+        for start in (0..block.len).step_by(LOOK_PIECE) {
+            let span = start..block.len.min(start + LOOK_PIECE as u64);
+            let Ok(parts) = memory.populated(index, span) else {
+                return found;
+            };
+            found.extend(
+                parts
+                    .iter()
+                    .filter_map(|part| whole_windows(block.region, part)),
+            );
+            if found.len() >= MAX_POPULATED || begun.elapsed() > LOOK_LIMIT {
+                found.truncate(MAX_POPULATED);
+                return found;
+            }
+        }
+    }
+    found
+}
+
+/// The windows that lie in `part` as a whole.
+fn whole_windows(region: RegionId, part: &Range<u64>) -> Option<PopulatedWindows> {
+    let window = u64::from(WINDOW_SIZE);
+    let first = u32::try_from(part.start.div_ceil(window)).ok()?;
+    let end = u32::try_from(part.end / window).ok()?;
+    let windows = first..end;
+    (!windows.is_empty()).then_some(PopulatedWindows { region, windows })
 }
 
 /// Tells pieces of a range as windows of its region.
@@ -297,6 +368,7 @@ fn tracking(error: TrackError) -> GuestError {
 struct MemoryAccess {
     memory: Arc<RemoteMemory>,
     index: usize,
+    touching: Arc<Touching>,
 }
 
 impl MemoryAccess {
@@ -357,6 +429,7 @@ const fn run_end(run: &Run) -> u64 {
 impl RegionReader for MemoryAccess {
     async fn read(&self, runs: &[Run], buf: &mut [u8]) -> Result<(), GuestError> {
         check_length(runs, buf.len())?;
+        self.touching.end();
         // A hole of a shared mapping would be allocated by reading it.
         let parts = self.populated(runs)?;
         let wanted: Vec<MemoryRun> = parts.iter().map(|(_, run)| *run).collect();
@@ -390,6 +463,7 @@ fn spread(parts: &[(usize, MemoryRun)], packed: usize, buf: &mut [u8]) {
 impl RegionWriter for MemoryAccess {
     async fn write(&self, runs: &[Run], data: &[u8]) -> Result<(), GuestError> {
         check_length(runs, data.len())?;
+        self.touching.end();
         let runs: Vec<MemoryRun> = runs
             .iter()
             .map(|run| MemoryRun {
@@ -402,6 +476,7 @@ impl RegionWriter for MemoryAccess {
 
     async fn zero(&self, runs: &[Run]) -> Result<(), GuestError> {
         const ZEROES: &[u8] = &[0; 64 << 10];
+        self.touching.end();
         // Asked anew each time: the hypervisor writes its memory too, and what was never touched is zero already.
         for (_, part) in self.populated(runs)? {
             for done in (0..part.len).step_by(ZEROES.len()) {

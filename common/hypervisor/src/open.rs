@@ -9,6 +9,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::ids::Incarnation;
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::GuestSpec;
 
 use crate::config::{DriverKind, SourceConfig, TargetConfig};
@@ -26,6 +27,8 @@ pub struct TargetOptions {
     pub run_dir: PathBuf,
     /// Where a launched process is named before it begins.
     pub journal: Arc<dyn LaunchJournal>,
+    /// Memory that a new copy may touch ahead of the data.
+    pub populated: Arc<[PopulatedWindows]>,
 }
 
 /// What becomes of the tracking that an earlier agent left in the hypervisor. Its exports and descriptors are of no use to

@@ -56,15 +56,18 @@ pub(super) const TO_DESTINATION: &[Field] = &[
     Field::holder(
         2,
         "offer",
-        &[Field::holder(
-            1,
-            "offer.spec",
-            &[
-                Field::list(9, "spec.regions", limits::MAX_REGIONS),
-                Field::list(10, "spec.shared_disks", limits::MAX_SHARED_DISKS),
-                Field::list(11, "spec.devices", limits::MAX_DEVICES),
-            ],
-        )],
+        &[
+            Field::holder(
+                1,
+                "offer.spec",
+                &[
+                    Field::list(9, "spec.regions", limits::MAX_REGIONS),
+                    Field::list(10, "spec.shared_disks", limits::MAX_SHARED_DISKS),
+                    Field::list(11, "spec.devices", limits::MAX_DEVICES),
+                ],
+            ),
+            Field::list(2, "offer.populated", limits::MAX_POPULATED),
+        ],
     ),
     Field::holder(
         4,

@@ -12,9 +12,9 @@ use crate::ids::{
 };
 use crate::limits;
 use crate::message::{
-    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming,
-    Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome,
-    WindowDigest, WindowRange,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PopulatedWindows,
+    PrepareTiming, Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows,
+    Welcome, WindowDigest, WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::{Features, ProtocolVersion, VersionRange};
@@ -256,8 +256,42 @@ fn welcome(welcome: schema::Welcome) -> Read<Welcome> {
 }
 
 fn offer(offer: schema::Offer) -> Read<Offer> {
-    Ok(Offer {
-        spec: guest_spec(present("offer.spec", offer.spec)?)?,
+    let spec = guest_spec(present("offer.spec", offer.spec)?)?;
+    length(
+        "offer.populated",
+        offer.populated.len(),
+        0,
+        limits::MAX_POPULATED,
+    )?;
+    let populated = offer
+        .populated
+        .iter()
+        .map(|windows| populated_windows(&spec, windows))
+        .collect::<Read<_>>()?;
+    Ok(Offer { spec, populated })
+}
+
+/// Windows of a memory region of `spec`.
+fn populated_windows(
+    spec: &GuestSpec,
+    windows: &schema::PopulatedWindows,
+) -> Read<PopulatedWindows> {
+    let region = region_id("offer.populated.region", windows.region)?;
+    let len = match spec.region(region) {
+        Some(it) if it.kind == RegionKind::Memory => it.len,
+        Some(_) | None => {
+            return Err(WireDecodeError::UnknownValue {
+                field: "offer.populated.region",
+                value: i64::from(windows.region),
+            });
+        }
+    };
+    let all = len.windows();
+    let first: u32 = small("offer.populated.first", windows.first, 0, all - 1)?;
+    let count: u32 = small("offer.populated.count", windows.count, 1, all - first)?;
+    Ok(PopulatedWindows {
+        region,
+        windows: first..first + count,
     })
 }
 

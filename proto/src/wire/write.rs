@@ -4,9 +4,9 @@ use super::schema::{self, outcome, to_destination, to_source};
 use crate::error::WireError;
 use crate::ids::{Attempt, FrameSeq};
 use crate::message::{
-    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, Prepared, Ready,
-    ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome, WindowDigest,
-    WindowRange,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PopulatedWindows,
+    Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome,
+    WindowDigest, WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::Features;
@@ -121,6 +121,15 @@ fn welcome(welcome: &Welcome) -> schema::Welcome {
 fn offer(offer: &Offer) -> schema::Offer {
     schema::Offer {
         spec: Some(guest_spec(&offer.spec)),
+        populated: offer.populated.iter().map(populated_windows).collect(),
+    }
+}
+
+fn populated_windows(populated: &PopulatedWindows) -> schema::PopulatedWindows {
+    schema::PopulatedWindows {
+        region: u32::from(populated.region.0),
+        first: populated.windows.start,
+        count: populated.windows.end - populated.windows.start,
     }
 }
 

@@ -16,10 +16,12 @@ use std::time::Duration;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_hypervisor::config::{SourceConfig, TargetConfig};
 use vmferry_hypervisor::launch::{LaunchJournal, Recorded};
+use vmferry_hypervisor::memory::{MemoryBlock, ProcessMemory};
 use vmferry_hypervisor::open::{TargetOptions, open_source, open_target};
 use vmferry_hypervisor::{GuestError, GuestLife, Settlement, SourceGuest, TargetGuest};
 use vmferry_proto::geometry::Run;
 use vmferry_proto::ids::RegionId;
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::RunState;
 use vmferry_simguest::protocol::State;
 use vmferry_simguest::{Client, Content, Workload};
@@ -93,6 +95,7 @@ impl Source {
         TargetOptions {
             run_dir: self.folder.path().to_owned(),
             journal: Arc::new(Journal),
+            populated: Arc::default(),
         }
     }
 }
@@ -263,6 +266,105 @@ async fn a_busy_guest_with_anonymous_memory_moves() {
 #[tokio::test]
 async fn a_busy_guest_with_shared_memory_moves() {
     moves("memfd").await;
+}
+
+/// Bytes of a process's memory that the system has given.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+    let kib: u64 = line
+        .unwrap()
+        .split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse()
+        .unwrap();
+    kib << 10
+}
+
+async fn is_touched_ahead(kind: &str) {
+    let sizes = ["--ram", "64MiB", "--ram-kind", kind];
+    let here = Source::start(&[&sizes[..], &["--paused", "--fill", "50%"]].concat());
+    let mut source = open_source(&here.config()).await.unwrap();
+    let spec = source.spec().clone();
+    let populated = source.populated().await;
+    let windows: u32 = populated
+        .iter()
+        .map(|it| it.windows.end - it.windows.start)
+        .sum();
+    assert!(populated.iter().all(|it| it.region == RAM));
+    assert!(
+        (8..=24).contains(&windows),
+        "half of 32 are filled: {populated:?}"
+    );
+
+    let config = here.target(&sizes);
+    let mut options = here.options();
+    let untouched = open_target(&config, &spec, &options).await.unwrap();
+    let before = resident(untouched.process().pid);
+    let mut untouched = untouched;
+    untouched.discard().await.unwrap();
+    options.populated = populated.into();
+    let target = open_target(&config, &spec, &options).await.unwrap();
+    let wanted = before + u64::from(windows) * (2 << 20);
+    let begun = std::time::Instant::now();
+    while resident(target.process().pid) < wanted - (2 << 20) {
+        assert!(
+            begun.elapsed() < START_LIMIT,
+            "{} of {wanted}",
+            resident(target.process().pid)
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let there = content(&*target, RAM, spec.regions[0].len.0).await;
+    assert!(
+        there.iter().all(|byte| *byte == 0),
+        "touching changed content"
+    );
+    source.start_tracking().await.unwrap();
+    round(&mut *source, &*target).await;
+    assert_alike(&*source, &*target).await;
+}
+
+#[tokio::test]
+async fn anonymous_memory_is_touched_ahead_and_nothing_else() {
+    is_touched_ahead("anon").await;
+}
+
+#[tokio::test]
+async fn shared_memory_is_touched_ahead_and_nothing_else() {
+    is_touched_ahead("memfd").await;
+}
+
+#[tokio::test]
+async fn what_is_there_is_not_touched() {
+    let here = Source::start(&["--ram", "16MiB", "--paused", "--fill", "50%"]);
+    let guest = open_source(&here.config()).await.unwrap();
+    let blocks = vec![MemoryBlock {
+        region: RAM,
+        host_addr: here.client().describe().unwrap().ram_address,
+        len: 16 << 20,
+    }];
+    let memory = ProcessMemory::attach(&guest.process(), blocks).unwrap();
+    memory.touch_ahead(&[PopulatedWindows {
+        region: RAM,
+        windows: 0..8,
+    }]);
+    let begun = std::time::Instant::now();
+    // The other half is.
+    while memory
+        .populated_windows()
+        .await
+        .iter()
+        .map(|it| it.windows.len())
+        .sum::<usize>()
+        < 8
+    {
+        assert!(begun.elapsed() < START_LIMIT);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(memory);
+    assert!(here.client().verify().unwrap().ok);
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::handover::RunPermit;
 use vmferry_proto::ids::RegionId;
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::{GuestSpec, RegionKind, RunState};
 
 use super::describe;
@@ -249,6 +250,10 @@ impl SourceGuest for QemuSource {
             RegionKind::Memory => self.memory.reader(region),
             RegionKind::Disk => Some(self.disks.handle(region)?),
         }
+    }
+
+    async fn populated(&mut self) -> Vec<PopulatedWindows> {
+        self.memory.populated_windows().await
     }
 
     async fn start_tracking(&mut self) -> Result<(), GuestError> {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 use vmferry_proto::ids::RegionId;
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::GuestSpec;
 
 use super::describe;
@@ -110,13 +111,13 @@ impl Copy {
         })?;
         let Some(argv) = &config.launch else {
             let qmp = Qmp::connect(path).await?;
-            return Self::fit(config, spec, qmp, None).await;
+            return Self::fit(config, spec, qmp, (None, &options.populated)).await;
         };
         refuse_running(path).await?;
         let log = options.run_dir.join(format!("{}.qemu.log", config.name));
         let launched = launch::launch(argv, &log, &*options.journal).await?;
         let made = match connect_launched(path, &launched).await {
-            Ok(qmp) => Self::fit(config, spec, qmp, Some(&launched)).await,
+            Ok(qmp) => Self::fit(config, spec, qmp, (Some(&launched), &options.populated)).await,
             Err(error) => Err(error),
         };
         match made {
@@ -140,7 +141,8 @@ impl Copy {
         process: Watched,
     ) -> Result<Self, GuestError> {
         let qmp = connect_again(config, &process).await?;
-        let mut copy = Self::fit(config, spec, qmp, Some(&process)).await?;
+        // What it has is not to be touched.
+        let mut copy = Self::fit(config, spec, qmp, (Some(&process), &[])).await?;
         copy.launched = config.launch.is_some().then_some(process);
         Ok(copy)
     }
@@ -181,7 +183,7 @@ impl Copy {
         config: &TargetConfig,
         spec: &GuestSpec,
         qmp: Qmp,
-        launched: Option<&Watched>,
+        (launched, populated): (Option<&Watched>, &[PopulatedWindows]),
     ) -> Result<Self, GuestError> {
         let machine = Machine::of(&qmp).await?;
         let link = Link::new(qmp, &machine, false)?;
@@ -203,6 +205,7 @@ impl Copy {
         describe::refuse("this QEMU does not fit the guest", &differences)?;
         space::check(&describe::needs(spec, &layout, &process))?;
         let memory = ProcessMemory::attach(&process, describe::memory(spec, &layout))?;
+        memory.touch_ahead(populated);
         let incoming = IncomingPipe::hand_over(&link.qmp).await?;
         let mut copy = Self {
             link,

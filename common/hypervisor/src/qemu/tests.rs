@@ -58,6 +58,7 @@ fn options(host: &Host) -> TargetOptions {
     TargetOptions {
         run_dir: host.folder().to_owned(),
         journal: Arc::new(Journal),
+        populated: Arc::default(),
     }
 }
 

@@ -15,6 +15,7 @@ use vmferry_common::process::ProcessIdentity;
 use vmferry_proto::geometry::{RegionBits, RegionLen};
 use vmferry_proto::handover::RunPermit;
 use vmferry_proto::ids::RegionId;
+use vmferry_proto::message::PopulatedWindows;
 use vmferry_proto::spec::{GuestSpec, RunState};
 
 use super::client::{Client, LifeWatch};
@@ -231,6 +232,10 @@ impl SourceGuest for SimSource {
             Some(disk) if region == DISK => Some(Arc::clone(&disk.file) as Arc<dyn RegionReader>),
             Some(_) | None => self.memory.reader(region),
         }
+    }
+
+    async fn populated(&mut self) -> Vec<PopulatedWindows> {
+        self.memory.populated_windows().await
     }
 
     async fn start_tracking(&mut self) -> Result<(), GuestError> {

@@ -148,7 +148,9 @@ impl Copy {
         options: &TargetOptions,
     ) -> Result<Self, GuestError> {
         let Some(argv) = &config.launch else {
-            return Self::attach(config, spec, socket).await;
+            let copy = Self::attach(config, spec, socket).await?;
+            copy.memory.touch_ahead(&options.populated);
+            return Ok(copy);
         };
         let log = log_of(config, options);
         let launched = launch::launch(argv, &log, &*options.journal).await?;
@@ -157,10 +159,13 @@ impl Copy {
             Err(error) => Err(error),
         };
         match made {
-            Ok(copy) if copy.process.identity() == launched.identity() => Ok(Self {
-                process: launched,
-                ..copy
-            }),
+            Ok(copy) if copy.process.identity() == launched.identity() => {
+                copy.memory.touch_ahead(&options.populated);
+                Ok(Self {
+                    process: launched,
+                    ..copy
+                })
+            }
             // The journal names the launched process, so no other one may hold the copy.
             Ok(copy) => {
                 let other = copy.process.identity().pid;

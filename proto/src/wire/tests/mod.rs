@@ -147,6 +147,11 @@ fn lists_are_counted_before_they_are_decoded() {
             "features",
             lists::TO_DESTINATION,
         ),
+        (
+            within(2, many(2, entries)),
+            "offer.populated",
+            lists::TO_DESTINATION,
+        ),
         (many(2, entries), "offer", lists::TO_DESTINATION),
         (
             [within(5, Vec::new()), within(5, Vec::new())].concat(),
@@ -438,6 +443,72 @@ fn a_bad_hello_or_welcome_is_refused() {
         |it| it.agent = "x".repeat(129),
         Length {
             field: "welcome.agent",
+            ..
+        }
+    );
+}
+
+#[test]
+fn populated_windows_outside_a_memory_region_are_refused() {
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated[0].region = 1,
+        UnknownValue {
+            field: "offer.populated.region",
+            ..
+        }
+    );
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated[0].region = 2,
+        UnknownValue {
+            field: "offer.populated.region",
+            ..
+        }
+    );
+    // The region has 256 windows.
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated[0].first = 256,
+        OutOfRange {
+            field: "offer.populated.first",
+            ..
+        }
+    );
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated[0].count = 254,
+        OutOfRange {
+            field: "offer.populated.count",
+            max: 253,
+            ..
+        }
+    );
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated[0].count = 0,
+        OutOfRange {
+            field: "offer.populated.count",
+            ..
+        }
+    );
+    refused!(
+        "offer_populated",
+        to_destination,
+        Offer,
+        |it| it.populated = vec![it.populated[0]; limits::MAX_POPULATED + 1],
+        Length {
+            field: "offer.populated",
             ..
         }
     );

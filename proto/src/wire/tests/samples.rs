@@ -1,6 +1,7 @@
 //! One fixed sample of every message, and strategies for any valid one.
 
 use proptest::prelude::*;
+use proptest::sample::Index;
 
 use crate::error::{ErrorCode, WireError};
 use crate::geometry::{RegionLen, WindowIndex};
@@ -10,9 +11,9 @@ use crate::ids::{
 };
 use crate::limits;
 use crate::message::{
-    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PrepareTiming,
-    Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows, Welcome,
-    WindowDigest, WindowRange,
+    AttemptKey, Compared, Digests, Final, Hello, LaneProgress, Offer, Outcome, PopulatedWindows,
+    PrepareTiming, Prepared, Ready, ResumePoint, ToDestination, ToSource, Verdict, VerifyWindows,
+    Welcome, WindowDigest, WindowRange,
 };
 use crate::spec::{DeviceSpec, GuestSpec, RegionKind, RegionSpec, RunState};
 use crate::version::{Features, ProtocolVersion, VersionRange};
@@ -61,6 +62,7 @@ pub(super) fn offer() -> Offer {
         len: RegionLen(len),
     };
     Offer {
+        populated: Vec::new(),
         spec: GuestSpec {
             name: guest(),
             uuid: Some([0x44; 16]),
@@ -80,6 +82,16 @@ pub(super) fn offer() -> Offer {
                 kind: "virtio-blk-pci".into(),
             }],
         },
+    }
+}
+
+pub(super) fn offer_populated() -> Offer {
+    Offer {
+        populated: vec![PopulatedWindows {
+            region: RegionId(0),
+            windows: 3..256,
+        }],
+        ..offer()
     }
 }
 
@@ -122,6 +134,7 @@ pub(super) fn to_destination() -> Vec<(&'static str, ToDestination)> {
     vec![
         ("hello", ToDestination::Hello(hello)),
         ("offer", ToDestination::Offer(offer())),
+        ("offer_populated", ToDestination::Offer(offer_populated())),
         ("converged", ToDestination::Converged),
         ("compare", ToDestination::Compare(compare)),
         ("open_attempt", ToDestination::OpenAttempt { attempt }),
@@ -272,6 +285,29 @@ fn any_hello() -> impl Strategy<Value = Hello> {
     })
 }
 
+/// With windows of the regions that are memory.
+fn any_offer() -> impl Strategy<Value = Offer> {
+    let places = prop::collection::vec((any::<Index>(), any::<Index>(), any::<Index>()), 0..4);
+    (any_spec(), places).prop_map(|(spec, places)| {
+        let memory = spec.regions.iter();
+        let memory: Vec<_> = memory
+            .filter(|region| region.kind == RegionKind::Memory)
+            .collect();
+        let windows = |(region, first, count): (Index, Index, Index)| {
+            let region = memory.get(region.index(memory.len().max(1)))?;
+            let all = region.len.windows();
+            let first = u32::try_from(first.index(all as usize)).unwrap();
+            let count = 1 + u32::try_from(count.index((all - first) as usize)).unwrap();
+            Some(PopulatedWindows {
+                region: region.id,
+                windows: first..first + count,
+            })
+        };
+        let populated = places.into_iter().filter_map(windows).collect();
+        Offer { spec, populated }
+    })
+}
+
 fn any_spec() -> impl Strategy<Value = GuestSpec> {
     let regions = prop::collection::btree_map(
         any_name(),
@@ -358,7 +394,7 @@ fn any_final() -> impl Strategy<Value = Final> {
 pub(super) fn any_to_destination() -> impl Strategy<Value = ToDestination> {
     prop_oneof![
         any_hello().prop_map(ToDestination::Hello),
-        any_spec().prop_map(|spec| ToDestination::Offer(Offer { spec })),
+        any_offer().prop_map(ToDestination::Offer),
         Just(ToDestination::Converged),
         (0u16..1024, any::<u32>(), 1..=limits::MAX_COMPARE_WINDOWS).prop_map(
             |(region, first, count)| {
