@@ -26,6 +26,8 @@ use super::{Args, PROGRAMS};
 const RUNS: u32 = 1;
 /// A migration that takes longer has no figure.
 const RUN_LIMIT: Duration = Duration::from_secs(90);
+/// From this round trip on QEMU's mirror lets the guest's writes wait: they come so often that it would never be ready.
+const FAR: Duration = Duration::from_millis(10);
 /// The longest stop that both are told.
 const DOWNTIME: Duration = Duration::from_millis(300);
 const BEATS_AFTER: usize = 200;
@@ -246,7 +248,7 @@ fn one(
     let (total, sent) = match system {
         System::Vmferry => by_vmferry(&pair, &meter, &[])?,
         System::VmferryRaw => by_vmferry(&pair, &meter, &["--compress", "off"])?,
-        System::Qemu(variant) => by_qemu(&pair, (&source, &target), variant)?,
+        System::Qemu(variant) => by_qemu(&pair, (&source, &target), variant, case)?,
     };
     let (wire, cpu) = (on_wire(&link) - wire, meter.used());
     pair.guest
@@ -286,6 +288,7 @@ fn by_qemu(
     pair: &qemu::Pair,
     (source, target): (&Qemu, &Qemu),
     variant: Variant,
+    case: &Case,
 ) -> Result<(Duration, f64)> {
     let migration = native::Migration {
         variant,
@@ -298,6 +301,7 @@ fn by_qemu(
             qemu: target,
         },
         disks: &["vda"],
+        writes_wait: case.spec.is_some_and(|spec| spec.rtt >= FAR),
         downtime: DOWNTIME,
         limit: RUN_LIMIT,
     };

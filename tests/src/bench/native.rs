@@ -64,6 +64,9 @@ pub struct Migration<'a> {
     pub target: Party<'a>,
     /// Node names of the disks that move too.
     pub disks: &'a [&'a str],
+    /// Whether a write of the guest waits until the mirror has it: QEMU's `write-blocking`. In the background a mirror never
+    /// becomes ready where there is no moment without a write under way.
+    pub writes_wait: bool,
     /// Longest stop.
     pub downtime: Duration,
     /// When it is given up.
@@ -153,7 +156,8 @@ impl Migration<'_> {
             )?;
             self.source.ask(
                 "blockdev-mirror",
-                json!({ "job-id": job(disk), "device": disk, "target": far_node(disk), "sync": "full" }),
+                json!({ "job-id": job(disk), "device": disk, "target": far_node(disk), "sync": "full",
+                    "copy-mode": if self.writes_wait { "write-blocking" } else { "background" } }),
             )?;
         }
         self.wait(began, |jobs| jobs.iter().all(|job| job["ready"] == true))
