@@ -111,13 +111,13 @@ impl Copy {
         })?;
         let Some(argv) = &config.launch else {
             let qmp = Qmp::connect(path).await?;
-            return Self::fit(config, spec, qmp, (None, &options.populated)).await;
+            return Self::fit(config, spec, qmp, None, &options.populated).await;
         };
         refuse_running(path).await?;
         let log = options.run_dir.join(format!("{}.qemu.log", config.name));
         let launched = launch::launch(argv, &log, &*options.journal).await?;
         let made = match connect_launched(path, &launched).await {
-            Ok(qmp) => Self::fit(config, spec, qmp, (Some(&launched), &options.populated)).await,
+            Ok(qmp) => Self::fit(config, spec, qmp, Some(&launched), &options.populated).await,
             Err(error) => Err(error),
         };
         match made {
@@ -142,7 +142,7 @@ impl Copy {
     ) -> Result<Self, GuestError> {
         let qmp = connect_again(config, &process).await?;
         // What it has is not to be touched.
-        let mut copy = Self::fit(config, spec, qmp, (Some(&process), &[])).await?;
+        let mut copy = Self::fit(config, spec, qmp, Some(&process), &[]).await?;
         copy.launched = config.launch.is_some().then_some(process);
         Ok(copy)
     }
@@ -183,7 +183,8 @@ impl Copy {
         config: &TargetConfig,
         spec: &GuestSpec,
         qmp: Qmp,
-        (launched, populated): (Option<&Watched>, &[PopulatedWindows]),
+        launched: Option<&Watched>,
+        populated: &[PopulatedWindows],
     ) -> Result<Self, GuestError> {
         let machine = Machine::of(&qmp).await?;
         let link = Link::new(qmp, &machine, false)?;
