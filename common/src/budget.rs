@@ -74,11 +74,16 @@ impl SendBudget {
     }
 
     /// Waits for room for `bytes`, of which there is always some where nothing is held; `window` is the connection's congestion
-    /// window. Also says how long the link was what it waited for. Cancel safe.
-    pub async fn reserve(self: &Arc<Self>, bytes: u64, window: u64) -> (Reserved, Duration) {
-        let most = self.least.max(window.saturating_mul(WINDOWS));
+    /// window, asked anew whenever there may be room: who began to wait when it was small must not be held to that while others go on with
+    /// what it has become. Also says how long the link was what it waited for. Cancel safe.
+    pub async fn reserve(
+        self: &Arc<Self>,
+        bytes: u64,
+        window: impl Fn() -> u64,
+    ) -> (Reserved, Duration) {
         let mut waiting: Option<(Instant, bool)> = None;
         loop {
+            let most = self.least.max(window().saturating_mul(WINDOWS));
             match self.admit(bytes, most) {
                 Admission::Granted { more } => {
                     // The next in the queue fits too. Where it may not, it is left asleep: what is held wakes it when it is let go.
@@ -167,10 +172,12 @@ impl Drop for Reserved {
 mod tests {
     use super::*;
 
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     const FRAME: u64 = MAX_FRAME_PAYLOAD as u64;
 
     async fn fits(budget: &Arc<SendBudget>, bytes: u64, window: u64) -> Option<Reserved> {
-        let reserve = budget.reserve(bytes, window);
+        let reserve = budget.reserve(bytes, || window);
         let answer = tokio::time::timeout(Duration::from_millis(20), reserve).await;
         answer.ok().map(|(room, _)| room)
     }
@@ -189,6 +196,28 @@ mod tests {
         assert_eq!(fill(&budget, 0).await.len(), 8);
         assert_eq!(fill(&budget, 10 * FRAME).await.len(), 20);
         assert_eq!(budget.pair(), (0, 0), "all given back");
+    }
+
+    #[tokio::test]
+    async fn who_began_to_wait_when_the_window_was_small_is_let_in_when_it_has_grown() {
+        let budget = SendBudget::new(1);
+        let window = Arc::new(AtomicU64::new(0));
+        let mut held = fill(&budget, 0).await;
+        let waiter = {
+            let (budget, window) = (budget.clone(), window.clone());
+            let now = move || window.load(Ordering::Relaxed);
+            tokio::spawn(async move { budget.reserve(FRAME, now).await })
+        };
+        tokio::task::yield_now().await;
+        window.store(10 * FRAME, Ordering::Relaxed);
+        // Others have taken more meanwhile: there never is room again by what the window was.
+        held.extend(fill(&budget, 5 * FRAME).await);
+        held.pop();
+        let (room, _) = tokio::time::timeout(Duration::from_secs(10), waiter)
+            .await
+            .expect("it is let in")
+            .unwrap();
+        assert_eq!(room.bytes, FRAME);
     }
 
     #[tokio::test]
@@ -211,7 +240,7 @@ mod tests {
         let held = fill(&budget, 0).await;
         assert!(fits(&budget, 0, 0).await.is_some());
         drop(held);
-        let (large, _) = budget.reserve(100 * FRAME, 0).await;
+        let (large, _) = budget.reserve(100 * FRAME, || 0).await;
         assert!(fits(&budget, 1, 0).await.is_none());
         assert!(large.send(Bytes::new()).is_empty());
         assert!(fits(&budget, FRAME, 0).await.is_some());
@@ -223,7 +252,7 @@ mod tests {
         let mut held = fill(&budget, 0).await;
         let waiter = |budget: &Arc<SendBudget>| {
             let budget = budget.clone();
-            tokio::spawn(async move { budget.reserve(FRAME, 0).await.1 })
+            tokio::spawn(async move { budget.reserve(FRAME, || 0).await.1 })
         };
         let encoders = waiter(&budget);
         tokio::time::sleep(Duration::from_millis(20)).await;
