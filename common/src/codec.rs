@@ -554,7 +554,7 @@ mod tests {
     const REGION: RegionLen = RegionLen(2 * 2_097_152 - 1000);
 
     /// Content of a block by kind: zero, compressible or random.
-    fn block(kind: u8, seed: u64, len: usize) -> Vec<u8> {
+    pub(super) fn block(kind: u8, seed: u64, len: usize) -> Vec<u8> {
         let mut state = seed | 1;
         match kind {
             0 => vec![0; len],

@@ -44,17 +44,26 @@ impl Press {
                 piece.copy_from_slice(content);
             }
         }
-        self.packed.clear();
-        self.packed
-            .reserve(zstd::zstd_safe::compress_bound(sample.len()));
-        let len = self
-            .compressor
-            .compress_to_buffer(&sample, &mut self.packed)?;
+        let len = self.compress(&sample)?.len();
         Ok(len * 100 <= sample.len() * (100 - LEAST_SAVED))
     }
 
     /// `head` and, behind it, `content` compressed; `None` where that is not smaller than `content`.
     pub(super) fn pack(&mut self, head: &[u8], content: &[u8]) -> std::io::Result<Option<Bytes>> {
+        let packed = self.compress(content)?;
+        let len = head.len() + packed.len();
+        if len >= content.len() {
+            return Ok(None);
+        }
+        // A buffer of just its length: what waits in queues is counted by payload.
+        let mut payload = BytesMut::with_capacity(len);
+        payload.extend_from_slice(head);
+        payload.extend_from_slice(packed);
+        Ok(Some(payload.freeze()))
+    }
+
+    /// `content` compressed, in this context's own memory.
+    fn compress(&mut self, content: &[u8]) -> std::io::Result<&[u8]> {
         self.packed.clear();
         // Room for the worst case, so that zstd never fails half way: a context that did would have to be made anew.
         self.packed
@@ -62,15 +71,7 @@ impl Press {
         let len = self
             .compressor
             .compress_to_buffer(content, &mut self.packed)?;
-        let packed = self.packed.get(..len).unwrap_or_default();
-        if head.len() + len >= content.len() {
-            return Ok(None);
-        }
-        // A buffer of just its length: what waits in queues is counted by payload.
-        let mut payload = BytesMut::with_capacity(head.len() + len);
-        payload.extend_from_slice(head);
-        payload.extend_from_slice(packed);
-        Ok(Some(payload.freeze()))
+        Ok(self.packed.get(..len).unwrap_or_default())
     }
 }
 
@@ -124,16 +125,10 @@ fn new_compressor(level: i32) -> std::io::Result<Compressor<'static>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::tests::block;
 
     fn random(len: usize) -> Vec<u8> {
-        let mut state = 7u64;
-        let mut byte = || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()[4]
-        };
-        (0..len).map(|_| byte()).collect()
+        block(2, 7, len)
     }
 
     fn shrinks(content: &[u8]) -> bool {
