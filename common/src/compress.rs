@@ -131,17 +131,6 @@ impl From<i32> for Effort {
     }
 }
 
-/// What an interval comes to.
-#[derive(Debug, Clone, Copy)]
-struct Seen {
-    now: Duration,
-    /// Guest bytes per second.
-    goodput: f64,
-    link_wait: f64,
-    /// Of all workers' time, what compression took.
-    share: f64,
-}
-
 /// How frames are sent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Stage {
@@ -281,16 +270,12 @@ impl CompressPolicy {
         }
         let goodput = as_f64(interval.raw_bytes) / elapsed;
         mean(&mut self.carried, as_f64(interval.wire_bytes) / elapsed);
-        let seen = Seen {
-            now,
-            goodput,
-            link_wait: interval.link_wait,
-            share,
-        };
         match self.stage {
             Stage::Raw => self.judge_raw(now, goodput, interval.link_wait),
             Stage::Yardstick { rung, packed } => self.judge_yardstick(now, goodput, rung, packed),
-            Stage::Packed(rung) => self.judge_packed(rung, &seen),
+            Stage::Packed(rung) => {
+                self.judge_packed(now, goodput, rung, share, interval.link_wait);
+            }
         }
     }
 
@@ -321,13 +306,14 @@ impl CompressPolicy {
         self.change(Stage::Packed(rung));
     }
 
-    fn judge_packed(&mut self, rung: usize, seen: &Seen) {
-        let Seen {
-            now,
-            goodput,
-            link_wait,
-            share,
-        } = *seen;
+    fn judge_packed(
+        &mut self,
+        now: Duration,
+        goodput: f64,
+        rung: usize,
+        share: f64,
+        link_wait: f64,
+    ) {
         let carried = self
             .carried
             .filter(|_| self.intervals_in_stage >= CARRIED_KNOWN);
