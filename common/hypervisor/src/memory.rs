@@ -25,7 +25,7 @@ use vmferry_proto::message::PopulatedWindows;
 use crate::error::GuestError;
 use crate::guest::{RegionReader, RegionWriter, Settlement, Taken};
 use crate::marks::{MarkLog, TrackingLeft};
-use crate::touching::{Touching, Windows};
+use crate::touching::Touching;
 use crate::watched;
 
 /// Bytes of a region that are looked at for populated windows at once: some milliseconds of the kernel's time at most.
@@ -115,12 +115,12 @@ impl ProcessMemory {
 
     /// Touches `populated`, as far as it is untouched, until anybody reads or writes the memory.
     pub fn touch_ahead(&self, populated: &[PopulatedWindows]) {
-        let windows = populated.iter().filter_map(|populated| {
+        let found = populated.iter().filter_map(|populated| {
             let (index, _) = self.find(populated.region).ok()?;
-            let windows = populated.windows.clone();
-            Some(Windows { index, windows })
+            Some((index, populated.windows.clone()))
         });
-        self.touching.begin(&self.memory, windows.collect());
+        let windows = found.flat_map(|(index, windows)| windows.map(move |window| (index, window)));
+        self.touching.begin(&self.memory, windows);
     }
 
     /// Begins to track writes to all regions: the first take reports everything.
@@ -372,12 +372,18 @@ struct MemoryAccess {
 }
 
 impl MemoryAccess {
+    /// The memory, which nobody touches any more.
+    fn memory(&self) -> &RemoteMemory {
+        self.touching.end();
+        &self.memory
+    }
+
     /// The parts of `runs` that may hold anything but zero, ascending if the runs are, each with its place in a buffer
     /// that holds the runs one behind the other.
     fn populated(&self, runs: &[Run]) -> Result<Vec<(usize, MemoryRun)>, GuestError> {
         let start = runs.iter().map(|run| run.offset).min().unwrap_or(0);
         let end = runs.iter().map(run_end).max().unwrap_or(0);
-        let ask = |span: Range<u64>| self.memory.populated(self.index, span).map_err(tracking);
+        let ask = |span: Range<u64>| self.memory().populated(self.index, span).map_err(tracking);
         let together = if end - start <= WIDEST_ASKED {
             Some(ask(start..end)?)
         } else {
@@ -429,12 +435,11 @@ const fn run_end(run: &Run) -> u64 {
 impl RegionReader for MemoryAccess {
     async fn read(&self, runs: &[Run], buf: &mut [u8]) -> Result<(), GuestError> {
         check_length(runs, buf.len())?;
-        self.touching.end();
         // A hole of a shared mapping would be allocated by reading it.
         let parts = self.populated(runs)?;
         let wanted: Vec<MemoryRun> = parts.iter().map(|(_, run)| *run).collect();
         let packed: usize = wanted.iter().map(|run| run.len).sum();
-        self.memory
+        self.memory()
             .read(self.index, &wanted, &mut buf[..packed])
             .map_err(tracking)?;
         spread(&parts, packed, buf);
@@ -463,7 +468,6 @@ fn spread(parts: &[(usize, MemoryRun)], packed: usize, buf: &mut [u8]) {
 impl RegionWriter for MemoryAccess {
     async fn write(&self, runs: &[Run], data: &[u8]) -> Result<(), GuestError> {
         check_length(runs, data.len())?;
-        self.touching.end();
         let runs: Vec<MemoryRun> = runs
             .iter()
             .map(|run| MemoryRun {
@@ -471,12 +475,13 @@ impl RegionWriter for MemoryAccess {
                 len: run.len as usize,
             })
             .collect();
-        self.memory.write(self.index, &runs, data).map_err(tracking)
+        self.memory()
+            .write(self.index, &runs, data)
+            .map_err(tracking)
     }
 
     async fn zero(&self, runs: &[Run]) -> Result<(), GuestError> {
         const ZEROES: &[u8] = &[0; 64 << 10];
-        self.touching.end();
         // Asked anew each time: the hypervisor writes its memory too, and what was never touched is zero already.
         for (_, part) in self.populated(runs)? {
             for done in (0..part.len).step_by(ZEROES.len()) {
@@ -485,7 +490,7 @@ impl RegionWriter for MemoryAccess {
                     offset: part.offset + done as u64,
                     len,
                 };
-                self.memory
+                self.memory()
                     .write(self.index, &[run], &ZEROES[..len])
                     .map_err(tracking)?;
             }

@@ -5,7 +5,6 @@
 //! Owns the threads that do it. Invariants: only windows that are untouched are touched, with zeros, so that no content changes;
 //! and whoever accesses the memory for the migration first waits until every thread has ended.
 
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -15,15 +14,6 @@ use vmferry_proto::geometry::{BLOCK_SIZE, WINDOW_BLOCKS, WINDOW_SIZE};
 
 /// What is written to each page.
 const ZEROS: [u8; WINDOW_BLOCKS as usize] = [0; WINDOW_BLOCKS as usize];
-
-/// Windows of one range of a process's memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Windows {
-    /// Which range.
-    pub(crate) index: usize,
-    /// The windows; all of them are whole.
-    pub(crate) windows: Range<u32>,
-}
 
 /// The threads that touch one process's memory, if any.
 #[derive(Debug, Default)]
@@ -35,13 +25,14 @@ pub(crate) struct Touching {
 }
 
 impl Touching {
-    /// Begins to touch `windows`, on all cores, until there is no more or [`end`](Self::end) is called.
-    pub(crate) fn begin(self: &Arc<Self>, memory: &Arc<RemoteMemory>, windows: Vec<Windows>) {
+    /// Begins to touch `windows`, whole ones of ranges by their index, on all cores, until there is no more or [`end`](Self::end) is called.
+    pub(crate) fn begin(
+        self: &Arc<Self>,
+        memory: &Arc<RemoteMemory>,
+        windows: impl Iterator<Item = (usize, u32)>,
+    ) {
         let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let windows: Arc<[(usize, u32)]> = windows
-            .into_iter()
-            .flat_map(|part| part.windows.map(move |window| (part.index, window)))
-            .collect();
+        let windows: Arc<[_]> = windows.collect();
         let next = Arc::new(AtomicUsize::new(0));
         let mut threads = self.threads();
         for _ in 0..cores.min(windows.len()) {

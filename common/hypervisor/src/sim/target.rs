@@ -141,16 +141,26 @@ fn log_of(config: &TargetConfig, options: &TargetOptions) -> PathBuf {
 }
 
 impl Copy {
+    /// A new copy, whose memory is touched ahead of the data.
     async fn make(
         config: &TargetConfig,
         spec: &GuestSpec,
         socket: &Path,
         options: &TargetOptions,
     ) -> Result<Self, GuestError> {
+        let copy = Self::launch_or_attach(config, spec, socket, options).await?;
+        copy.memory.touch_ahead(&options.populated);
+        Ok(copy)
+    }
+
+    async fn launch_or_attach(
+        config: &TargetConfig,
+        spec: &GuestSpec,
+        socket: &Path,
+        options: &TargetOptions,
+    ) -> Result<Self, GuestError> {
         let Some(argv) = &config.launch else {
-            let copy = Self::attach(config, spec, socket).await?;
-            copy.memory.touch_ahead(&options.populated);
-            return Ok(copy);
+            return Self::attach(config, spec, socket).await;
         };
         let log = log_of(config, options);
         let launched = launch::launch(argv, &log, &*options.journal).await?;
@@ -159,13 +169,10 @@ impl Copy {
             Err(error) => Err(error),
         };
         match made {
-            Ok(copy) if copy.process.identity() == launched.identity() => {
-                copy.memory.touch_ahead(&options.populated);
-                Ok(Self {
-                    process: launched,
-                    ..copy
-                })
-            }
+            Ok(copy) if copy.process.identity() == launched.identity() => Ok(Self {
+                process: launched,
+                ..copy
+            }),
             // The journal names the launched process, so no other one may hold the copy.
             Ok(copy) => {
                 let other = copy.process.identity().pid;
