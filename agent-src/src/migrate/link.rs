@@ -45,8 +45,9 @@ impl Migration {
     /// Offers the guest and opens the lanes; what the destination has already is not sent again.
     pub(super) async fn offer(&mut self) -> Result<(), MigrateError> {
         let spec = self.guest.spec().clone();
+        let blocks = spec.regions.iter().map(|region| region.len.blocks()).sum();
         let offer = Offer {
-            spec: spec.clone(),
+            spec,
             // Only a copy that is made anew has something to touch.
             populated: if self.stats.sessions == 1 {
                 self.guest.populated().await
@@ -69,7 +70,6 @@ impl Migration {
         if ready.resume.is_some() {
             tracing::debug!(?resumed, "the copy goes on");
         }
-        let blocks = spec.regions.iter().map(|region| region.len.blocks()).sum();
         let session = self.session.as_mut().ok_or(NoSession)?;
         session
             .open_lanes(self.options.lanes, &self.pacer, &self.counters, blocks)
