@@ -18,6 +18,8 @@ const WINDOWS: u64 = 2;
 const FRAMES_PER_WORKER: u64 = 2;
 /// Frames held besides: one with the transport and one acknowledged but not yet dropped.
 const FRAMES: u64 = 2;
+/// A window that grows wakes nobody: who waits looks again after this long.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// The count of one connection.
 #[derive(Debug)]
@@ -94,7 +96,8 @@ impl SendBudget {
                 }
                 Admission::Full { of_link } => {
                     let _ = waiting.get_or_insert_with(|| (Instant::now(), of_link));
-                    self.freed.notified().await;
+                    // Freed or not, it looks again.
+                    let _ = tokio::time::timeout(LOOK_AGAIN, self.freed.notified()).await;
                 }
             }
         }
@@ -218,6 +221,17 @@ mod tests {
             .expect("it is let in")
             .unwrap();
         assert_eq!(room.bytes, FRAME);
+    }
+
+    #[tokio::test]
+    async fn who_waits_is_let_in_when_the_window_grows_though_nothing_was_freed() {
+        let budget = SendBudget::new(1);
+        let _held = fill(&budget, 0).await;
+        let began = Instant::now();
+        let grows = || 10 * FRAME * u64::from(began.elapsed() > LOOK_AGAIN / 2);
+        tokio::time::timeout(Duration::from_secs(10), budget.reserve(FRAME, grows))
+            .await
+            .expect("it is let in");
     }
 
     #[tokio::test]

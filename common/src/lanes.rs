@@ -19,6 +19,9 @@ use crate::pace::Pacer;
 
 /// Priority of lanes: below the control stream and the device state.
 const LANE_PRIORITY: i32 = 0;
+/// The same once a frame is written, for packets of it that get lost: what nobody sent yet would be sent before them, and it is the
+/// frame that lacks one packet for which the peer and the [send budget](crate::budget) wait.
+const LOST_PRIORITY: i32 = 10;
 /// Priority of the device state: the guest is paused while it is under way.
 const DEVICE_STATE_PRIORITY: i32 = 50;
 /// IPv4 and UDP headers of a packet, which quinn does not count.
@@ -177,7 +180,10 @@ impl LaneSender {
     pub async fn send(&mut self, header: &FrameHeader, payload: Bytes) -> Result<(), LaneError> {
         check_own(header, &payload)?;
         let head = Bytes::copy_from_slice(&header.encode());
-        self.write(&mut [head, payload]).await
+        self.set_priority(LANE_PRIORITY);
+        self.write(&mut [head, payload]).await?;
+        self.set_priority(LOST_PRIORITY);
+        Ok(())
     }
 
     /// As [`send`](Self::send), but asks `pacer` before each piece goes and tells it what the connection carried.
@@ -191,6 +197,7 @@ impl LaneSender {
             return self.send(header, payload).await;
         }
         check_own(header, &payload)?;
+        self.set_priority(LANE_PRIORITY);
         pacer.take(FrameHeader::ENCODED_LEN as u64).await;
         let head = Bytes::copy_from_slice(&header.encode());
         self.write(&mut [head]).await?;
@@ -200,6 +207,7 @@ impl LaneSender {
             self.write(&mut [piece]).await?;
             self.account(pacer);
         }
+        self.set_priority(LOST_PRIORITY);
         Ok(())
     }
 
@@ -210,6 +218,12 @@ impl LaneSender {
             self.connection.stable_id(),
             sent.bytes + sent.datagrams * PACKET_HEADERS,
         );
+    }
+
+    /// Of what the lane has to send from its next turn on. A frame's first turn is that of its writing; it keeps it.
+    fn set_priority(&self, priority: i32) {
+        // An error means that the stream has ended: the next write says so.
+        drop(self.stream.set_priority(priority));
     }
 
     async fn write(&mut self, pieces: &mut [Bytes]) -> Result<(), LaneError> {
