@@ -63,17 +63,23 @@ fn against_quinn(
     let mut bare = Series::new("bare quinn", "MiB/s");
     let mut copy = Series::new("copy, --compress off", "MiB/s");
     let mut ratio = Series::new("ratio", "");
+    let mut bare_cpu = Series::new("CPU of bare quinn, both sides", "s/GiB");
+    let mut cpu = Series::new("CPU of both agents", "s/GiB");
     for _ in 0..bench::runs(RUNS) {
-        let moved = pair.move_one(spec, &["--compress", "off"])?;
-        let yardstick = quinn::transfer(&pair.alpha, &pair.beta, moved.content()?)?;
-        also(moved.content()?)?;
+        let (moved, used) = pair.move_metered(spec, &["--compress", "off"])?;
+        let content = moved.content()?;
+        let yardstick = quinn::transfer(&pair.alpha, &pair.beta, content)?;
+        also(content)?;
         let goodput = moved.goodput()?;
-        bare.push(yardstick / MIB);
+        bare.push(yardstick.speed / MIB);
         copy.push(goodput / MIB);
-        ratio.push(goodput / yardstick);
+        ratio.push(goodput / yardstick.speed);
+        bare_cpu.push(yardstick.cpu_per_gib);
+        cpu.push(quinn::per_gib(used, content));
     }
     println!("copy of 1 GiB, three quarters random, against bare quinn between two processes");
-    println!("{bare}\n{copy}\n{ratio}");
+    println!("{bare}\n{copy}\n{ratio}\n{bare_cpu}\n{cpu}");
+    Target::AtMost(2.1).judge("CPU of both agents", cpu.median(), "s/GiB");
     Ok(ratio)
 }
 

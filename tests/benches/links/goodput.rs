@@ -1,13 +1,14 @@
 //! What share of a line a copy fills, how soon, and what CPU time it takes.
 //!
-//! An embedded guest full of random content, not compressed, so that what arrives is what was sent. Two shares of the ceiling
+//! An embedded guest full of random content, not compressed, so that what arrives is what was sent; the destination's guest has
+//! its RAM from the system before the copy begins. CPU time stands beside that of bare quinn on the same line. Two shares of the ceiling
 //! (what a line of full packets carries of payload): over the whole first pass, and the steady one, which leaves the start and the
 //! end away. The line's own counters say when.
 
 use std::time::Duration;
 
 use anyhow::Result;
-use vmferry_tests::bench::cpu::{CpuMeter, Watched};
+use vmferry_tests::bench::quinn::{self, per_gib};
 use vmferry_tests::bench::{Moved, Pair, Series, Target};
 use vmferry_tests::harness::role::{Programs, Role};
 use vmferry_tests::harness::sim::SimSpec;
@@ -23,7 +24,6 @@ const HEADERS: f64 = 66.0;
 /// Cubic on a lossy line would take hours.
 const RUN_LIMIT: Duration = Duration::from_secs(40);
 const MIB: u64 = 1 << 20;
-const GIB: f64 = 1_073_741_824.0;
 const FLOW: Flow = Flow {
     warm_up: Duration::from_secs(2),
     counted: Duration::from_secs(2),
@@ -35,6 +35,12 @@ struct Case {
     /// Of the guest's RAM.
     ram: u64,
     share: Target,
+}
+
+impl Case {
+    const fn is_fast(&self) -> bool {
+        self.spec.rate >= 1_000_000_000
+    }
 }
 
 fn cases(args: &Args) -> Vec<Case> {
@@ -89,6 +95,7 @@ fn figures(args: &Args, case: &Case, name: &str, controller: Option<&str>) -> Re
     let mut steady = Series::new("steady / ceiling", "");
     let mut start = Series::new("90 % of the steady rate after", "RTT");
     let mut cpu = Series::new("CPU of both agents", "s/GiB");
+    let mut bare_cpu = Series::new("CPU of bare quinn, both sides", "s/GiB");
     for _ in 0..args.runs.unwrap_or(RUNS) {
         let Some(run) = one(case, controller)? else {
             println!("  {name}: not done in {RUN_LIMIT:?}");
@@ -98,6 +105,9 @@ fn figures(args: &Args, case: &Case, name: &str, controller: Option<&str>) -> Re
         steady.push(run.steady);
         start.push(run.start);
         cpu.push(run.cpu_per_gib);
+        if let Some(figure) = run.bare_cpu_per_gib {
+            bare_cpu.push(figure);
+        }
     }
     println!("  {name}\n{whole}\n{steady}\n{start}\n{cpu}");
     // The targets are those of our own controller.
@@ -106,7 +116,8 @@ fn figures(args: &Args, case: &Case, name: &str, controller: Option<&str>) -> Re
         if case.spec.rtt >= SHORTEST {
             Target::AtMost(10.0).judge("90 % of the steady rate", start.median(), "RTT");
         }
-        if case.spec.rate >= 1_000_000_000 {
+        if case.is_fast() {
+            println!("{bare_cpu}");
             Target::AtMost(2.1).judge("CPU of both agents", cpu.median(), "s/GiB");
         }
     }
@@ -118,29 +129,39 @@ struct Run {
     steady: f64,
     start: f64,
     cpu_per_gib: f64,
+    /// Where the line is fast enough that CPU time matters.
+    bare_cpu_per_gib: Option<f64>,
 }
 
 fn one(case: &Case, controller: Option<&str>) -> Result<Option<Run>> {
     let link = Link::new(case.spec)?;
     let mut pair = Pair::on_link(PROGRAMS, &link)?;
-    let guest = pair.guest(&SimSpec::still("full", case.ram))?;
+    let guest = pair.guest(&SimSpec {
+        prealloc: true,
+        ..SimSpec::still("full", case.ram)
+    })?;
     let mut options = vec!["--compress", "off"];
     if let Some(controller) = controller {
         options.extend(["--congestion", controller]);
     }
-    let meter = CpuMeter::start();
-    meter.watch(Watched::whole(pair.agent.process.pid()));
-    let mut source = pair
-        .alpha
-        .start_migrate_to(guest.name(), &pair.agent.to(), &options)?;
-    meter.watch(Watched::whole(source.pid()));
+    let (mut source, meter) = pair.start_metered(&guest, &options)?;
     let Some(trace) = Trace::take(&link, RUN_LIMIT, || Ok(source.has_ended()?))? else {
         return Ok(None);
     };
     let cpu = meter.used();
     let done = source.wait(RUN_LIMIT)?;
     let moved = pair.conclude(&guest, &done)?;
-    judge(&link, &moved, &trace, cpu).map(Some)
+    let bare_cpu_per_gib = if case.is_fast() {
+        let bare = quinn::transfer(&pair.alpha, &pair.beta, moved.content()?)?;
+        Some(bare.cpu_per_gib)
+    } else {
+        None
+    };
+    let run = judge(&link, &moved, &trace, cpu)?;
+    Ok(Some(Run {
+        bare_cpu_per_gib,
+        ..run
+    }))
 }
 
 fn judge(link: &Link, moved: &Moved, trace: &Trace, cpu: Duration) -> Result<Run> {
@@ -152,6 +173,7 @@ fn judge(link: &Link, moved: &Moved, trace: &Trace, cpu: Duration) -> Result<Run
         whole: moved.goodput()? / ceiling,
         steady: steady * of_line / ceiling,
         start: trace.start(steady, link.spec.rtt)?.as_secs_f64() / link.spec.rtt.as_secs_f64(),
-        cpu_per_gib: cpu.as_secs_f64() / (content / GIB),
+        cpu_per_gib: per_gib(cpu, moved.content()?),
+        bare_cpu_per_gib: None,
     })
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use crate::harness::hosts::Agent;
-use crate::harness::process::Finished;
+use super::cpu::{CpuMeter, Watched};
+use crate::harness::hosts::{Agent, MIGRATE_LIMIT};
+use crate::harness::process::{Finished, Running};
 use crate::harness::role::Programs;
 use crate::harness::sim::{Beats, SimGuest, SimSpec};
 use crate::harness::{Host, Hosts};
@@ -95,10 +96,42 @@ impl Pair {
     /// # Errors
     /// It does not arrive, or not right.
     pub fn move_one(&mut self, spec: &SimSpec, options: &[&str]) -> anyhow::Result<Moved> {
+        Ok(self.move_metered(spec, options)?.0)
+    }
+
+    /// The same, with the CPU time of both agents.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn move_metered(
+        &mut self,
+        spec: &SimSpec,
+        options: &[&str],
+    ) -> anyhow::Result<(Moved, Duration)> {
         let guest = self.guest(spec)?;
         guest.wait_for_beats(BEATS_AFTER)?;
-        let done = self.alpha.migrate_to(guest.name(), &self.agent, options)?;
-        self.conclude(&guest, &done)
+        let (source, meter) = self.start_metered(&guest, options)?;
+        let done = source.wait(MIGRATE_LIMIT)?;
+        let cpu = meter.used();
+        Ok((self.conclude(&guest, &done)?, cpu))
+    }
+
+    /// Starts to move `guest`, and to count the CPU time of both agents.
+    ///
+    /// # Errors
+    /// The agent cannot be started.
+    pub fn start_metered(
+        &self,
+        guest: &SimGuest,
+        options: &[&str],
+    ) -> anyhow::Result<(Running, CpuMeter)> {
+        let meter = CpuMeter::start();
+        meter.watch(Watched::whole(self.agent.process.pid()));
+        let source = self
+            .alpha
+            .start_migrate_to(guest.name(), &self.agent.to(), options)?;
+        meter.watch(Watched::whole(source.pid()));
+        Ok((source, meter))
     }
 
     /// The migration of `guest` has ended: checks that it runs at beta with the right content, and ends it.

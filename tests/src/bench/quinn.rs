@@ -5,6 +5,7 @@
 //! benchmark's executable becomes either when its arguments say so ([`run_if_asked`]).
 
 use std::env;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -15,12 +16,14 @@ use quinn::Connection;
 use vmferry_common::endpoint::{self, HostPort, TransportTuning};
 use vmferry_common::identity::Identity;
 
+use super::cpu::{CpuMeter, Watched};
 use crate::harness::{Host, Running};
 
 const RECEIVE: &str = "--yardstick-receive";
 const SEND: &str = "--yardstick-send";
 const STREAMS: u64 = 16;
 const PIECE: usize = 512 << 10;
+const GIB: f64 = 1_073_741_824.0;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Becomes the sender or the receiver, if the arguments ask for one.
@@ -29,8 +32,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
     let args: Vec<String> = env::args().collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match *args.get(1..)? {
-        [RECEIVE, identity, bytes] => play(receive(identity.as_ref(), bytes)),
-        [SEND, identity, port, bytes] => play(send(identity.as_ref(), port, bytes)),
+        [RECEIVE, identity, at, bytes] => play(receive(identity.as_ref(), at, bytes)),
+        [SEND, identity, to, bytes] => play(send(identity.as_ref(), to, bytes)),
         _ => return None,
     };
     Some(match done {
@@ -42,36 +45,54 @@ pub fn run_if_asked() -> Option<ExitCode> {
     })
 }
 
-/// Moves `bytes` from `alpha` to `beta`, two processes of this executable, and returns bytes per second.
+/// What a transfer took.
+#[derive(Debug, Clone, Copy)]
+pub struct Transfer {
+    /// Bytes per second.
+    pub speed: f64,
+    /// CPU seconds of both sides per GiB.
+    pub cpu_per_gib: f64,
+}
+
+/// Moves `bytes` from `alpha` to `beta`, two processes of this executable.
 ///
 /// # Errors
 /// One of them fails.
-pub fn transfer(alpha: &Host, beta: &Host, bytes: u64) -> anyhow::Result<f64> {
-    let executable = env::current_exe()?;
-    let mut receiver = Command::new(&executable);
-    receiver.arg(RECEIVE).arg(beta.path("identity"));
-    receiver.arg(bytes.to_string());
-    let mut receiver = Running::start("receiver", receiver, &beta.path("logs"))?;
+pub fn transfer(alpha: &Host, beta: &Host, bytes: u64) -> anyhow::Result<Transfer> {
+    let meter = CpuMeter::start();
+    let start = |name, host: &Host, arguments: [String; 3]| {
+        let mut command = Command::new(env::current_exe()?);
+        command.arg(arguments[0].as_str());
+        command.arg(host.path("identity")).args(&arguments[1..]);
+        let running = host.run(|| Running::start(name, command, &host.path("logs")))?;
+        meter.watch(Watched::whole(running.pid()));
+        anyhow::Ok(running)
+    };
+    let at = |port: u16| SocketAddr::from((beta.address(), port)).to_string();
+    let amount = bytes.to_string();
+    let receiver = [RECEIVE.to_owned(), at(0), amount.clone()];
+    let mut receiver = start("receiver", beta, receiver)?;
     let port: u16 = receiver.wait_for("port", LIMIT, |out, _| {
         out.strip_suffix('\n').and_then(|line| line.parse().ok())
     })?;
-    let mut sender = Command::new(&executable);
-    sender.arg(SEND).arg(alpha.path("identity"));
-    sender.arg(port.to_string()).arg(bytes.to_string());
-    let done = Running::start("sender", sender, &alpha.path("logs"))?.wait(LIMIT)?;
+    let sender = start("sender", alpha, [SEND.to_owned(), at(port), amount])?;
+    let done = sender.wait(LIMIT)?;
     ensure!(done.code() == 0, "the yardstick failed: {}", done.stderr);
-    Ok(done.stdout.trim().parse()?)
+    Ok(Transfer {
+        speed: done.stdout.trim().parse()?,
+        cpu_per_gib: per_gib(meter.used(), bytes),
+    })
 }
 
 fn play(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     tokio::runtime::Runtime::new()?.block_on(work)
 }
 
-async fn receive(identity: &Path, bytes: &str) -> anyhow::Result<()> {
+async fn receive(identity: &Path, at: &str, bytes: &str) -> anyhow::Result<()> {
     let bytes: u64 = bytes.parse()?;
     let tuning = TransportTuning::default();
     let identity = Identity::load(identity)?;
-    let endpoint = endpoint::bind_server("127.0.0.1:0".parse()?, &identity, &tuning)?;
+    let endpoint = endpoint::bind_server(at.parse()?, &identity, &tuning)?;
     println!("{}", endpoint.local_addr()?.port());
     let incoming = endpoint.accept().await.context("nobody came")?;
     let (connection, _) = endpoint::accept(incoming, &tuning).await?;
@@ -98,9 +119,9 @@ async fn receive(identity: &Path, bytes: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn send(identity: &Path, port: &str, bytes: &str) -> anyhow::Result<()> {
+async fn send(identity: &Path, to: &str, bytes: &str) -> anyhow::Result<()> {
     let bytes: u64 = bytes.parse()?;
-    let to: HostPort = format!("127.0.0.1:{port}").parse()?;
+    let to: HostPort = to.parse()?;
     let tuning = TransportTuning::default();
     let identity = Identity::load(identity)?;
     let (endpoint, connection) = endpoint::connect(&to, &identity, &tuning).await?;
@@ -146,4 +167,14 @@ async fn send_all(connection: &Connection, bytes: u64) -> anyhow::Result<Duratio
 #[must_use]
 pub fn per_second(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / took.as_secs_f64()
+}
+
+/// CPU seconds per GiB of `bytes`.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a rate for people; 2^53 bytes are far above any run"
+)]
+#[must_use]
+pub fn per_gib(cpu: Duration, bytes: u64) -> f64 {
+    cpu.as_secs_f64() / (bytes as f64 / GIB)
 }

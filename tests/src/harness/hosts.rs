@@ -18,7 +18,7 @@ use crate::link::End;
 /// How long an agent may take to come up.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long any migration of a test may take.
-const MIGRATE_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const MIGRATE_LIMIT: Duration = Duration::from_secs(300);
 
 /// Some hosts with one certificate authority, in a folder that goes with them.
 #[derive(Debug)]
