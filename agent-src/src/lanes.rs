@@ -289,7 +289,7 @@ impl Worker {
         let bytes = len.bytes_of(frame.window, &wanted) as usize;
         let (reserved, mut waited) = self
             .budget
-            .reserve(bytes as u64, || self.sender.window())
+            .reserve(bytes as u64, || self.sender.path())
             .await;
         let room = self.encoder.room(bytes);
         if bytes > 0 {

@@ -2,7 +2,8 @@
 //!
 //! Owns one count per connection: bytes that are being read and encoded, and bytes that were handed over and are not yet
 //! acknowledged. The bound follows the congestion window: what is read further ahead than the path can carry only grows stale, waits
-//! before what is more urgent, and hides from the choice of compression what it did. Invariant: nothing is counted twice,
+//! before what is more urgent, and hides from the choice of compression what it did. Where packets get lost it is wider, since a frame
+//! is held until the last of its packets was sent again. Invariant: nothing is counted twice,
 //! and a dropped payload is counted no more.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,13 @@ use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
 
 /// Windows held: one under way and one ready behind it, so that the path never waits for a reader.
 const WINDOWS: u64 = 2;
+/// The same where packets get lost: of a line that loses a hundredth most frames lack a packet, find it out a round trip later, and are
+/// held for one more.
+const WINDOWS_LOSSY: u64 = 4;
+/// One of so many packets lost makes a path one where packets get lost.
+const LOSSY: u64 = 500;
+/// So many packets are judged together.
+const JUDGED: u64 = 4096;
 /// Frames held for each worker whatever the window: one at work and one ready.
 const FRAMES_PER_WORKER: u64 = 2;
 /// Frames held besides: one with the transport and one acknowledged but not yet dropped.
@@ -33,6 +41,26 @@ pub struct SendBudget {
 struct Held {
     preparing: u64,
     sent: u64,
+    loss: Loss,
+}
+
+/// What the transport knows of a path.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Path {
+    /// Congestion window: bytes that may be under way.
+    pub window: u64,
+    /// Packets sent since the beginning.
+    pub sent: u64,
+    /// Those of them that were lost.
+    pub lost: u64,
+}
+
+/// Whether packets get lost, by the last ones.
+#[derive(Debug, Default)]
+struct Loss {
+    /// Packets sent and lost when the judged ones began.
+    before: (u64, u64),
+    lossy: bool,
 }
 
 /// The answer to one who wants room.
@@ -75,18 +103,16 @@ impl SendBudget {
         })
     }
 
-    /// Waits for room for `bytes`, of which there is always some where nothing is held; `window` is the connection's congestion
-    /// window, asked anew whenever there may be room: who began to wait when it was small must not be held to that while others go on with
-    /// what it has become. Also says how long the link was what it waited for. Cancel safe.
+    /// Waits for room for `bytes`, of which there is always some where nothing is held; `path` is asked anew whenever there may be
+    /// room: who began to wait when its window was small must not be held to that while others go on with what it has become. Also says how long the link was what it waited for. Cancel safe.
     pub async fn reserve(
         self: &Arc<Self>,
         bytes: u64,
-        window: impl Fn() -> u64,
+        path: impl Fn() -> Path,
     ) -> (Reserved, Duration) {
         let mut waiting: Option<(Instant, bool)> = None;
         loop {
-            let most = self.least.max(window().saturating_mul(WINDOWS));
-            match self.admit(bytes, most) {
+            match self.admit(bytes, path()) {
                 Admission::Granted { more } => {
                     // The next in the queue fits too. Where it may not, it is left asleep: what is held wakes it when it is let go.
                     if more {
@@ -114,8 +140,9 @@ impl SendBudget {
     }
 
     /// Counts `bytes` if they fit.
-    fn admit(&self, bytes: u64, most: u64) -> Admission {
+    fn admit(&self, bytes: u64, path: Path) -> Admission {
         let mut held = self.held();
+        let most = self.least.max(held.loss.bound(path));
         let all = held.preparing + held.sent;
         if bytes > 0 && all > 0 && all + bytes > most {
             let of_link = held.sent > held.preparing;
@@ -128,6 +155,22 @@ impl SendBudget {
 
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Loss {
+    /// Bytes that may be held for `path`. Losses tell at once; that there are none, only after a while.
+    const fn bound(&mut self, path: Path) -> u64 {
+        let sent = path.sent.saturating_sub(self.before.0);
+        let lost = path.lost.saturating_sub(self.before.1);
+        if sent >= JUDGED {
+            self.lossy = lost > sent / LOSSY;
+            self.before = (path.sent, path.lost);
+        } else if lost > JUDGED / LOSSY {
+            self.lossy = true;
+        }
+        let windows = if self.lossy { WINDOWS_LOSSY } else { WINDOWS };
+        path.window.saturating_mul(windows)
     }
 }
 
@@ -179,8 +222,16 @@ mod tests {
 
     const FRAME: u64 = MAX_FRAME_PAYLOAD as u64;
 
+    /// A path that loses nothing.
+    fn clean(window: u64) -> Path {
+        Path {
+            window,
+            ..Path::default()
+        }
+    }
+
     async fn fits(budget: &Arc<SendBudget>, bytes: u64, window: u64) -> Option<Reserved> {
-        let reserve = budget.reserve(bytes, || window);
+        let reserve = budget.reserve(bytes, || clean(window));
         let answer = tokio::time::timeout(Duration::from_millis(20), reserve).await;
         answer.ok().map(|(room, _)| room)
     }
@@ -208,7 +259,7 @@ mod tests {
         let mut held = fill(&budget, 0).await;
         let waiter = {
             let (budget, window) = (budget.clone(), window.clone());
-            let now = move || window.load(Ordering::Relaxed);
+            let now = move || clean(window.load(Ordering::Relaxed));
             tokio::spawn(async move { budget.reserve(FRAME, now).await })
         };
         tokio::task::yield_now().await;
@@ -228,10 +279,25 @@ mod tests {
         let budget = SendBudget::new(1);
         let _held = fill(&budget, 0).await;
         let began = Instant::now();
-        let grows = || 10 * FRAME * u64::from(began.elapsed() > LOOK_AGAIN / 2);
+        let grows = || clean(10 * FRAME * u64::from(began.elapsed() > LOOK_AGAIN / 2));
         tokio::time::timeout(Duration::from_secs(10), budget.reserve(FRAME, grows))
             .await
             .expect("it is let in");
+    }
+
+    #[test]
+    fn more_is_held_while_packets_get_lost() {
+        let mut loss = Loss::default();
+        let mut windows = |sent, lost| {
+            let window = 1000;
+            loss.bound(Path { window, sent, lost }) / window
+        };
+        assert_eq!(windows(100, 1), WINDOWS);
+        assert_eq!(windows(1000, 10), WINDOWS_LOSSY, "seen at once");
+        assert_eq!(windows(5000, 50), WINDOWS_LOSSY);
+        assert_eq!(windows(9000, 51), WINDOWS_LOSSY, "not over yet");
+        assert_eq!(windows(10_000, 52), WINDOWS, "two of the last 5000");
+        assert_eq!(windows(10_001, 52), WINDOWS);
     }
 
     #[tokio::test]
@@ -254,7 +320,7 @@ mod tests {
         let held = fill(&budget, 0).await;
         assert!(fits(&budget, 0, 0).await.is_some());
         drop(held);
-        let (large, _) = budget.reserve(100 * FRAME, || 0).await;
+        let (large, _) = budget.reserve(100 * FRAME, Path::default).await;
         assert!(fits(&budget, 1, 0).await.is_none());
         assert!(large.send(Bytes::new()).is_empty());
         assert!(fits(&budget, FRAME, 0).await.is_some());
@@ -266,7 +332,7 @@ mod tests {
         let mut held = fill(&budget, 0).await;
         let waiter = |budget: &Arc<SendBudget>| {
             let budget = budget.clone();
-            tokio::spawn(async move { budget.reserve(FRAME, || 0).await.1 })
+            tokio::spawn(async move { budget.reserve(FRAME, Path::default).await.1 })
         };
         let encoders = waiter(&budget);
         tokio::time::sleep(Duration::from_millis(20)).await;

@@ -13,6 +13,7 @@ use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{Attempt, FrameSeq, Lane};
 use vmferry_proto::limits::{MAX_DEVICE_STATE, MAX_FRAME_PAYLOAD};
 
+use crate::budget::Path;
 use crate::digest;
 use crate::link::LinkError;
 use crate::pace::Pacer;
@@ -169,10 +170,15 @@ impl LaneSender {
         self.connection.stable_id()
     }
 
-    /// Congestion window of the connection, in bytes.
+    /// What the connection knows of its path.
     #[must_use]
-    pub fn window(&self) -> u64 {
-        self.connection.stats().path.cwnd
+    pub fn path(&self) -> Path {
+        let path = self.connection.stats().path;
+        Path {
+            window: path.cwnd,
+            sent: path.sent_packets,
+            lost: path.lost_packets,
+        }
     }
 
     /// Sends a frame. Waits while the stream's or connection's window is full. **Not** cancel safe: after a
