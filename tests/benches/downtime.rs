@@ -133,7 +133,7 @@ impl Table {
 /// Milliseconds that the last set takes at the rate of the first round.
 fn last_set(moved: &Moved) -> anyhow::Result<f64> {
     let rounds = moved.report["rounds"].as_array().context("no rounds")?;
-    let last = rounds.len() - 1;
+    let last = rounds.len().checked_sub(1).context("no rounds")?;
     let bytes = |round: usize| moved.bytes(&format!("rounds/{round}/wire_bytes"));
     Ok(bytes(last)? as f64 / bytes(0)? as f64 * moved.millis("rounds/0/elapsed_ms")?)
 }
