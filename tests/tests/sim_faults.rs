@@ -173,8 +173,9 @@ fn what_the_journal_cannot_name_is_not_launched() {
     std::fs::remove_file(hook).unwrap();
     std::fs::remove_dir(next_record(&stage)).unwrap();
     stage.expect_stayed(&guest);
-    let log = stage.agent_log();
-    assert!(log.contains("ended before it began"), "{log}");
+    // The agent looks for what it ended, and then says so.
+    let said = soon(|| stage.agent_log().contains("ended before it began"));
+    assert!(said, "{}", stage.agent_log());
     stage.expect_moves(&guest, &PATIENT);
 }
 
