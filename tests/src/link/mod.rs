@@ -212,7 +212,7 @@ impl Link {
     }
 
     /// A cable without limit, delay or loss, as fast as the kernel copies; it cannot be cut. Its packets are as large as those of
-    /// networks that are that fast ([`JUMBO`]). Batches are never taken apart on it, so their headers count once.
+    /// networks that are that fast (jumbo frames). Batches are never taken apart on it, so their headers count once.
     ///
     /// # Errors
     /// Not root, or no virtual Ethernet.
