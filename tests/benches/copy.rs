@@ -9,6 +9,7 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
+use vmferry_tests::bench::cpu::per_gib;
 use vmferry_tests::bench::{self, Pair, Series, Target, quinn, zstd};
 use vmferry_tests::harness::sim::SimSpec;
 
@@ -75,7 +76,7 @@ fn against_quinn(
         copy.push(goodput / MIB);
         ratio.push(goodput / yardstick.speed);
         bare_cpu.push(yardstick.cpu_per_gib);
-        cpu.push(quinn::per_gib(used, content));
+        cpu.push(per_gib(used, content));
     }
     println!("copy of 1 GiB, three quarters random, against bare quinn between two processes");
     println!("{bare}\n{copy}\n{ratio}\n{bare_cpu}\n{cpu}");

@@ -8,8 +8,8 @@
 use std::time::Duration;
 
 use anyhow::Result;
-use vmferry_tests::bench::quinn::{self, per_gib};
-use vmferry_tests::bench::{Moved, Pair, Series, Target};
+use vmferry_tests::bench::cpu::per_gib;
+use vmferry_tests::bench::{Moved, Pair, Series, Target, quinn};
 use vmferry_tests::harness::role::{Programs, Role};
 use vmferry_tests::harness::sim::SimSpec;
 use vmferry_tests::link::calibrate::{Flow, calibrate};
@@ -157,14 +157,16 @@ fn one(case: &Case, controller: Option<&str>) -> Result<Option<Run>> {
     } else {
         None
     };
-    let run = judge(&link, &moved, &trace, cpu)?;
-    Ok(Some(Run {
-        bare_cpu_per_gib,
-        ..run
-    }))
+    judge(&link, &moved, &trace, cpu, bare_cpu_per_gib).map(Some)
 }
 
-fn judge(link: &Link, moved: &Moved, trace: &Trace, cpu: Duration) -> Result<Run> {
+fn judge(
+    link: &Link,
+    moved: &Moved,
+    trace: &Trace,
+    cpu: Duration,
+    bare_cpu_per_gib: Option<f64>,
+) -> Result<Run> {
     let ceiling = link.spec.rate as f64 / 8.0 * (1.0 - HEADERS / f64::from(MTU));
     let content = moved.content()? as f64;
     let steady = trace.steady()?;
@@ -174,6 +176,6 @@ fn judge(link: &Link, moved: &Moved, trace: &Trace, cpu: Duration) -> Result<Run
         steady: steady * of_line / ceiling,
         start: trace.start(steady, link.spec.rtt)?.as_secs_f64() / link.spec.rtt.as_secs_f64(),
         cpu_per_gib: per_gib(cpu, moved.content()?),
-        bare_cpu_per_gib: None,
+        bare_cpu_per_gib,
     })
 }

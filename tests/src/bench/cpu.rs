@@ -11,6 +11,7 @@ use std::time::Duration;
 
 /// Time between two looks: what a process uses in its last moments is missed.
 const LOOK: Duration = Duration::from_millis(5);
+const GIB: f64 = 1_073_741_824.0;
 
 /// A process to watch.
 #[derive(Debug, Clone)]
@@ -124,6 +125,16 @@ impl Watched {
         }
         Some(all.saturating_sub(aside))
     }
+}
+
+/// CPU seconds per GiB of `bytes`.
+#[allow(
+    clippy::cast_precision_loss,
+    reason = "a rate for people; 2^53 bytes are far above any run"
+)]
+#[must_use]
+pub fn per_gib(cpu: Duration, bytes: u64) -> f64 {
+    cpu.as_secs_f64() / (bytes as f64 / GIB)
 }
 
 /// User and system time in a `stat` file.

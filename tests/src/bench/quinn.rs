@@ -16,14 +16,13 @@ use quinn::Connection;
 use vmferry_common::endpoint::{self, HostPort, TransportTuning};
 use vmferry_common::identity::Identity;
 
-use super::cpu::{CpuMeter, Watched};
+use super::cpu::{CpuMeter, Watched, per_gib};
 use crate::harness::{Host, Running};
 
 const RECEIVE: &str = "--yardstick-receive";
 const SEND: &str = "--yardstick-send";
 const STREAMS: u64 = 16;
 const PIECE: usize = 512 << 10;
-const GIB: f64 = 1_073_741_824.0;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Becomes the sender or the receiver, if the arguments ask for one.
@@ -167,14 +166,4 @@ async fn send_all(connection: &Connection, bytes: u64) -> anyhow::Result<Duratio
 #[must_use]
 pub fn per_second(bytes: u64, took: Duration) -> f64 {
     bytes as f64 / took.as_secs_f64()
-}
-
-/// CPU seconds per GiB of `bytes`.
-#[allow(
-    clippy::cast_precision_loss,
-    reason = "a rate for people; 2^53 bytes are far above any run"
-)]
-#[must_use]
-pub fn per_gib(cpu: Duration, bytes: u64) -> f64 {
-    cpu.as_secs_f64() / (bytes as f64 / GIB)
 }
