@@ -1,19 +1,24 @@
 //! Memory that is touched before there is anything to write to it.
 //!
 //! A page that the system gives as it is first written costs more than the write: it is cleared, and on a virtual machine whose host gives
-//! memory the same way it comes from there. Between the offer and the first frame the destination's cores have nothing else to do.
+//! memory the same way it comes from there. Between the offer and the first frame the destination's cores have little else to do.
 //! Owns the threads that do it. Invariants: only windows that are untouched are touched, with zeros, so that no content changes;
-//! and whoever accesses the memory for the migration first waits until every thread has ended.
+//! whoever has something else to do on their cores goes first; and whoever accesses the memory for the migration first waits until
+//! every thread has ended.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vmferry_memtrack::{MemoryRun, RemoteMemory, TrackError};
-use vmferry_proto::geometry::{BLOCK_SIZE, WINDOW_BLOCKS, WINDOW_SIZE};
+use vmferry_proto::geometry::{BLOCK_SIZE, WINDOW_SIZE};
 
-/// What is written to each page.
-const ZEROS: [u8; WINDOW_BLOCKS as usize] = [0; WINDOW_BLOCKS as usize];
+/// Pages touched at once: whoever waits for the end waits for at most so many of each thread.
+const PIECE: usize = 32;
+/// What is written to each of them.
+const ZEROS: [u8; PIECE] = [0; PIECE];
+/// The threads' nice value: a tenth of the share of others. No less, so that they end soon where somebody waits for that.
+const NICE: i32 = 10;
 
 /// The threads that touch one process's memory, if any.
 #[derive(Debug, Default)]
@@ -46,7 +51,7 @@ impl Touching {
         }
     }
 
-    /// Returns when nothing is touched any more. It waits for at most one window.
+    /// Returns when nothing is touched any more. It waits for at most one piece of each thread.
     pub(crate) fn end(&self) {
         if self.ended.load(Ordering::Acquire) {
             return;
@@ -67,11 +72,13 @@ impl Touching {
     }
 
     fn touch_all(&self, memory: &RemoteMemory, windows: &[(usize, u32)], next: &AtomicUsize) {
-        while !self.stop.load(Ordering::Relaxed) {
+        // Refused to nobody.
+        let _ = rustix::process::nice(NICE);
+        while !self.is_over() {
             let Some((index, window)) = windows.get(next.fetch_add(1, Ordering::Relaxed)) else {
                 return;
             };
-            match touch(memory, *index, *window) {
+            match self.touch(memory, *index, *window) {
                 Ok(false) => {}
                 Ok(true) => {
                     self.touched.fetch_add(1, Ordering::Relaxed);
@@ -85,20 +92,29 @@ impl Touching {
         }
     }
 
+    /// Touches every page of a window, unless one of them was touched before. Returns whether it did.
+    fn touch(&self, memory: &RemoteMemory, index: usize, window: u32) -> Result<bool, TrackError> {
+        let start = u64::from(window) * u64::from(WINDOW_SIZE);
+        let end = start + u64::from(WINDOW_SIZE);
+        if !memory.populated(index, start..end)?.is_empty() {
+            return Ok(false);
+        }
+        let pages = (start..end).step_by(BLOCK_SIZE as usize);
+        let runs: Vec<MemoryRun> = pages.map(|offset| MemoryRun { offset, len: 1 }).collect();
+        for piece in runs.chunks(PIECE) {
+            if self.is_over() {
+                break;
+            }
+            memory.write(index, piece, &ZEROS[..piece.len()])?;
+        }
+        Ok(true)
+    }
+
+    fn is_over(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Touches every page of a window, unless one of them was touched before. Returns whether it did.
-fn touch(memory: &RemoteMemory, index: usize, window: u32) -> Result<bool, TrackError> {
-    let start = u64::from(window) * u64::from(WINDOW_SIZE);
-    let end = start + u64::from(WINDOW_SIZE);
-    if !memory.populated(index, start..end)?.is_empty() {
-        return Ok(false);
-    }
-    let pages = (start..end).step_by(BLOCK_SIZE as usize);
-    let runs: Vec<MemoryRun> = pages.map(|offset| MemoryRun { offset, len: 1 }).collect();
-    memory.write(index, &runs, &ZEROS)?;
-    Ok(true)
 }
