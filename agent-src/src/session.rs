@@ -350,7 +350,7 @@ impl Session {
         self.connection.close(0u32.into(), b"done");
         // Time for the word to leave; the destination does without if it is lost, and nobody here has to answer it again.
         let idle = self.endpoint.wait_idle();
-        let _ = tokio::time::timeout(Duration::from_millis(10), idle).await;
+        let _ = tokio::time::timeout(Duration::from_millis(2), idle).await;
     }
 }
 
