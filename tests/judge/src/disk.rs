@@ -1,7 +1,8 @@
 //! The disk workload: writes, zeroes and flushes blocks of one disk, and reads all of it back.
 //!
 //! Owns the disk and the table of what each block must hold: what was found at the start, a version, or zero. Reading
-//! bypasses the guest's page cache, so that the disk is checked and not its copy in memory.
+//! bypasses the guest's page cache, so that the disk is checked and not its copy in memory; where the cache is to hold the disk,
+//! that copy is checked as well.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -24,6 +25,14 @@ const LONGEST_WRITE: u64 = 16;
 const ZEROING: u64 = 16;
 /// Writes between two flushes.
 const FLUSH_EVERY: u64 = 32;
+
+/// Where a block is read.
+#[derive(Clone, Copy)]
+enum Via {
+    Disk,
+    /// Through the guest's page cache.
+    Cache,
+}
 
 /// What a block must hold.
 #[derive(Clone, Copy)]
@@ -50,6 +59,8 @@ pub(crate) struct Disk {
     /// For writing: direct or through the page cache, as the parameters say.
     writer: File,
     reader: File,
+    /// For reading through the page cache, where it is to hold the disk.
+    cached: Option<File>,
     buffer: Aligned,
     expected: Vec<Expected>,
     content: Content,
@@ -78,6 +89,7 @@ impl Disk {
                 .map_err(|e| Failure::of(name, e))
         };
         let (writer, reader) = (open(params.direct)?, open(true)?);
+        let cached = params.cached.then(|| open(false)).transpose()?;
         let size = seek(&reader, SeekFrom::End(0)).map_err(|e| Failure::of(name, e))?;
         let blocks = usize::try_from(size).unwrap_or(0) / UNIT;
         if blocks == 0 {
@@ -88,6 +100,7 @@ impl Disk {
             name: name.into(),
             writer,
             reader,
+            cached,
             buffer: Aligned::new(CHUNK * UNIT),
             expected: vec![Expected::Found(0); blocks],
             content: params.content,
@@ -102,6 +115,7 @@ impl Disk {
 
     pub(crate) fn work(mut self, ready: &Sender<()>, report: &Report, orders: &Receiver<Order>) {
         self.look_at_what_is_there(report);
+        self.check_cached(report);
         report.count(&self.name, 0, 0);
         if ready.send(()).is_err() {
             return;
@@ -128,7 +142,7 @@ impl Disk {
     fn look_at_what_is_there(&mut self, report: &Report) {
         for first in (0..self.expected.len()).step_by(CHUNK) {
             let blocks = CHUNK.min(self.expected.len() - first);
-            if !self.read(first, blocks, report) {
+            if !self.read(Via::Disk, first, blocks, report) {
                 continue;
             }
             let found = self
@@ -209,7 +223,7 @@ impl Disk {
         if blocks == 0 {
             return;
         }
-        self.check(self.cursor, blocks, report);
+        self.check(Via::Disk, self.cursor, blocks, report);
         self.cursor += blocks;
         if self.cursor == self.expected.len() {
             self.cursor = 0;
@@ -218,10 +232,7 @@ impl Disk {
     }
 
     fn verify_all(&mut self, report: &Report, answer: &Sender<Verdict>) {
-        let mut bad = 0;
-        for first in (0..self.expected.len()).step_by(CHUNK) {
-            bad += self.check(first, CHUNK.min(self.expected.len() - first), report);
-        }
+        let bad = self.check_all(Via::Disk, report) + self.check_cached(report);
         report.count(&self.name, 1, 0);
         // The one who asked may have gone: the mismatches were reported in any case.
         let _ = answer.send(Verdict {
@@ -231,9 +242,25 @@ impl Disk {
         });
     }
 
+    /// Reads the page cache's copy of the disk, or brings it there; returns how many blocks of it are not as expected.
+    fn check_cached(&mut self, report: &Report) -> u64 {
+        if self.cached.is_none() {
+            return 0;
+        }
+        self.check_all(Via::Cache, report)
+    }
+
+    fn check_all(&mut self, via: Via, report: &Report) -> u64 {
+        let blocks = self.expected.len();
+        (0..blocks)
+            .step_by(CHUNK)
+            .map(|first| self.check(via, first, CHUNK.min(blocks - first), report))
+            .sum()
+    }
+
     /// Reads `blocks` blocks and returns how many are not as expected.
-    fn check(&mut self, first: usize, blocks: usize, report: &Report) -> u64 {
-        if !self.read(first, blocks, report) {
+    fn check(&mut self, via: Via, first: usize, blocks: usize, report: &Report) -> u64 {
+        if !self.read(via, first, blocks, report) {
             return blocks as u64;
         }
         let units = self.buffer.bytes(blocks * UNIT).chunks_exact(UNIT);
@@ -267,9 +294,13 @@ impl Disk {
         }
     }
 
-    fn read(&mut self, first: usize, blocks: usize, report: &Report) -> bool {
+    fn read(&mut self, via: Via, first: usize, blocks: usize, report: &Report) -> bool {
         let bytes = self.buffer.bytes_mut(blocks * UNIT);
-        let done = self.reader.read_exact_at(bytes, offset(first));
+        let file = match via {
+            Via::Disk => &self.reader,
+            Via::Cache => self.cached.as_ref().unwrap_or(&self.reader),
+        };
+        let done = file.read_exact_at(bytes, offset(first));
         self.said(&done, "read", first, report)
     }
 

@@ -30,6 +30,8 @@ pub struct Params {
     pub disk_verify: u64,
     /// Whether writes bypass the guest's page cache (checking reads always do).
     pub direct: bool,
+    /// Whether the disks are read through the page cache too, which then holds them: a guest that has used its disks.
+    pub cached: bool,
     /// Start of all random choices and contents.
     pub seed: u64,
     /// Time between two beats.
@@ -52,6 +54,7 @@ impl Default for Params {
             disk: 2 << 20,
             disk_verify: 4 << 20,
             direct: true,
+            cached: false,
             seed: 1,
             beat: Duration::from_millis(1),
             shutdown_after: None,
@@ -105,6 +108,7 @@ impl Params {
             "disk" => self.disk = bytes(value)?,
             "disk_verify" => self.disk_verify = bytes(value)?,
             "direct" => self.direct = flag(value)?,
+            "cached" => self.cached = flag(value)?,
             "seed" => self.seed = number(value)?,
             "beat_us" => self.beat = Duration::from_micros(number(value)?.max(1)),
             "shutdown_after" => self.shutdown_after = Some(Duration::from_secs(number(value)?)),
@@ -138,6 +142,7 @@ impl fmt::Display for Params {
             self.disk, self.disk_verify
         )?;
         write!(f, " judge.direct={}", u8::from(self.direct))?;
+        write!(f, " judge.cached={}", u8::from(self.cached))?;
         write!(f, " judge.beat_us={}", self.beat.as_micros())?;
         if let Some(after) = self.shutdown_after {
             write!(f, " judge.shutdown_after={}", after.as_secs())?;
@@ -194,6 +199,7 @@ mod tests {
             content: Content::Text,
             disks: vec!["vda".into(), "vdb".into()],
             direct: false,
+            cached: true,
             reboot_after: Some(Duration::from_secs(9)),
             ..Params::default()
         };
@@ -219,6 +225,7 @@ mod tests {
             "judge.mem=",
             "judge.mem=1T",
             "judge.direct=yes",
+            "judge.cached=2",
             "judge.content=noise",
             "judge.seed",
             "judge.mem=99999999999G",

@@ -120,6 +120,42 @@ fn a_guest_with_shared_memory_and_direct_disks_moves_to_a_waiting_qemu_that_neve
     assert_eq!(pair.unbroken(1).unwrap().handovers.len(), 2);
 }
 
+/// `[WIRE-54]`
+#[test]
+fn what_a_guest_has_read_of_its_disk_goes_once() {
+    const PREFILLED: u64 = 32 * MIB;
+    let Some(lab) = Lab::get() else { return };
+    let guest = lab
+        .guest("has-read")
+        .memory_mib(192)
+        .disk(Disk::raw(64 * MIB).prefilled(PREFILLED))
+        .judge(JudgeParams {
+            memory: 16 * MIB,
+            dirty: 0,
+            disk: 0,
+            cached: true,
+            ..JudgeParams::default()
+        });
+    let pair = pair(guest.build());
+    pair.expect_launched().unwrap();
+    let source = pair.boot().unwrap();
+    let agent = pair.beta.host.serve(&[]).unwrap();
+    let options = ["--compress", "1", "--max-bandwidth", "400Mbit"];
+    let moved = go(
+        &pair,
+        (&pair.alpha, &pair.beta),
+        &agent,
+        &[&VERIFIED[..], &options].concat(),
+    );
+    verified_everything(&moved);
+    let duplicates = moved.report["duplicate_blocks"].as_u64().unwrap();
+    println!("{duplicates} blocks as duplicates: {}", moved.report);
+    // Content of the disk does not repeat itself, so each is a page of the cache, or the block of one.
+    assert!(duplicates > PREFILLED / 4096 * 3 / 4, "{}", moved.report);
+    assert!(!source.is_alive());
+    pair.unbroken(1).unwrap();
+}
+
 #[test]
 fn what_a_guest_discards_while_it_is_copied_is_a_hole_at_the_destination() {
     const DISCARDED: u64 = 16 * MIB;
