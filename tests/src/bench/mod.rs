@@ -9,6 +9,7 @@ pub mod native;
 pub mod pair;
 pub mod picture;
 pub mod quinn;
+pub mod ready;
 pub mod series;
 pub mod zstd;
 
