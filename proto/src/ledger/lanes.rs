@@ -194,42 +194,55 @@ impl LaneState {
     }
 }
 
+/// Progress of a region of which everything was gone round.
+const ALL: u64 = 1 << 20;
+
 /// The windows of one lane of which there are blocks to take, and where the lane stands in going round them.
+///
+/// It goes round all regions at the same pace: what is read slowly, as disks are, is read beside what is read fast and takes time to
+/// compress, and memory is not sent long before a large disk is there.
 #[derive(Debug)]
 pub(super) struct Work {
     regions: Vec<RegionWork>,
-    /// The region whose turn it is.
-    current: usize,
 }
 
 #[derive(Debug)]
 struct RegionWork {
     turns: Turns,
+    /// How many turns there are.
+    slots: u32,
+    /// How far behind the lanes before it this lane is, so that they do not come to a region's windows all at once: lanes of all lanes.
+    behind: (u8, u8),
     /// One bit for each turn.
     words: Vec<u64>,
     /// Whose turn it is; what has a lower one has had it.
     turn: usize,
     /// Blocks below it have been taken in this turn.
     block: u32,
+    /// Nothing more of it until all regions were gone round.
+    ended: bool,
 }
 
 impl Work {
     pub(super) fn new(regions: &[RegionMarks], lane: Lane, lanes: u8) -> Self {
         let region = |marks: &RegionMarks| {
             let slots = marks.len().windows().div_ceil(u32::from(lanes));
+            let (turns, behind) = match marks.kind() {
+                RegionKind::Memory => (Turns::spread(slots, lane, lanes), 0),
+                RegionKind::Disk => (Turns::ascending(slots), lane.0),
+            };
             RegionWork {
-                turns: match marks.kind() {
-                    RegionKind::Memory => Turns::spread(slots, lane, lanes),
-                    RegionKind::Disk => Turns::ascending(slots),
-                },
+                turns,
+                slots,
+                behind: (behind, lanes),
                 words: vec![0; slots.div_ceil(64) as usize],
                 turn: 0,
                 block: 0,
+                ended: false,
             }
         };
         Self {
             regions: regions.iter().map(region).collect(),
-            current: 0,
         }
     }
 
@@ -249,9 +262,8 @@ impl Work {
         Some((region.words.get_mut(turn / 64)?, 1 << (turn % 64)))
     }
 
-    /// The next window, and the blocks of it that come next, for lane `lane` of `lanes`: the rest of the current region,
-    /// then the other wanted regions, then what lies before in them: any of them may stand in its middle since an earlier
-    /// turn, and ends once before it starts over.
+    /// The next window, and the blocks of it that come next, for lane `lane` of `lanes`: of the wanted region of which the least was gone
+    /// round. Each ends once before any of them starts over.
     pub(super) fn next(
         &mut self,
         lane: Lane,
@@ -259,28 +271,51 @@ impl Work {
         wanted: impl Fn(RegionId) -> bool,
         dirty: impl Fn(WindowRef) -> WindowBits,
     ) -> Option<(WindowRef, WindowBits)> {
-        for _ in 0..2 * self.regions.len() {
-            let region = RegionId(u16::try_from(self.current).ok()?);
-            let found = self.regions.get_mut(self.current).and_then(|work| {
-                if !wanted(region) {
-                    return None;
-                }
-                work.next(|slot| {
+        // Once round what is left, and once round everything.
+        for _ in 0..2 {
+            while let Some((region, work)) = self.furthest_behind(&wanted) {
+                let found = work.next(|slot| {
                     let window = WindowIndex(slot * u32::from(lanes) + u32::from(lane.0));
                     let at = WindowRef { region, window };
                     (at, dirty(at))
-                })
-            });
-            if found.is_some() {
-                return found;
+                });
+                if found.is_some() {
+                    return found;
+                }
+                work.ended = true;
             }
-            self.current = (self.current + 1) % self.regions.len().max(1);
+            self.all(&wanted).for_each(|(_, work)| work.ended = false);
         }
         None
+    }
+
+    fn furthest_behind(
+        &mut self,
+        wanted: impl Fn(RegionId) -> bool,
+    ) -> Option<(RegionId, &mut RegionWork)> {
+        self.all(wanted)
+            .filter(|(_, work)| !work.ended)
+            .min_by_key(|(_, work)| work.progress())
+    }
+
+    fn all(
+        &mut self,
+        wanted: impl Fn(RegionId) -> bool,
+    ) -> impl Iterator<Item = (RegionId, &mut RegionWork)> {
+        let ids = (0u16..).map(RegionId);
+        ids.zip(&mut self.regions)
+            .filter(move |(region, _)| wanted(*region))
     }
 }
 
 impl RegionWork {
+    /// How much of it was gone round, of [`ALL`].
+    fn progress(&self) -> u64 {
+        let (behind, lanes) = (u64::from(self.behind.0), u64::from(self.behind.1));
+        let gone = self.turn as u64 * lanes + behind;
+        gone * ALL / (u64::from(self.slots) * lanes).max(1)
+    }
+
     /// The next blocks from where the region stands to its end; at the end it starts over with the next call.
     fn next(
         &mut self,

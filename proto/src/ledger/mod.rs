@@ -269,8 +269,8 @@ impl Ledger {
     /// Takes the next frame of `lane`, of regions of `kind` if one is given: up to [`limits::MAX_FRAME_BLOCKS`] dirty
     /// blocks of one window that are neither held back nor late. `None` if the lane has nothing to send or no session is open.
     ///
-    /// A lane goes round its windows, those of disks in ascending order and those of memory spread over it, so each gets its turn
-    /// however fast another one is dirtied.
+    /// A lane goes round its windows, those of disks in ascending order and those of memory spread over it, and round all regions at the
+    /// same pace, so each gets its turn however fast another one is dirtied.
     pub fn next_frame(&mut self, lane: Lane, kind: Option<RegionKind>) -> Option<FrameJob> {
         let Session::Open(_) = self.session else {
             return None;

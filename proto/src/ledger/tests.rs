@@ -203,6 +203,42 @@ fn a_hot_window_does_not_starve_the_others() {
 }
 
 #[test]
+fn regions_are_gone_round_at_the_same_pace_and_by_one_lane_after_the_other() {
+    let windows = |count: u64| count * u64::from(WINDOW_SIZE);
+    let (memory, disk, lanes) = (64, 16, 4u8);
+    let mut ledger = Ledger::new(&[
+        region(0, RegionKind::Memory, windows(memory)),
+        region(1, RegionKind::Disk, windows(disk)),
+    ]);
+    ledger
+        .on_ready(SessionNumber(1), lanes, &ready(&[1, 1], None))
+        .unwrap();
+    let mut first_of_disk = Vec::new();
+    for lane in (0..lanes).map(Lane) {
+        let regions: Vec<_> = std::iter::from_fn(|| ledger.next_frame(lane, None))
+            .map(|job| job.region.0)
+            .collect();
+        let whole = [memory, disk].map(|count| count * 4 / u64::from(lanes));
+        let (mut taken, window) = ([0, 0], 4);
+        for region in &regions {
+            taken[usize::from(*region)] += 1;
+            let [memory, disk] = [0, 1].map(|at| taken[at] * whole[1 - at]);
+            // The longest step is a window of the disk.
+            assert!(
+                memory.abs_diff(disk) <= 2 * window * whole[0],
+                "{regions:?}"
+            );
+        }
+        assert_eq!(taken, whole);
+        first_of_disk.push(regions.iter().position(|region| *region == 1).unwrap());
+    }
+    assert!(
+        first_of_disk.is_sorted_by(|one, next| one < next),
+        "{first_of_disk:?}"
+    );
+}
+
+#[test]
 fn zero_marks_live_until_the_next_write() {
     let mut ledger = one_disk_and_memory();
     open(&mut ledger, 1);
