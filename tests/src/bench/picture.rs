@@ -7,7 +7,7 @@ use std::fmt::{self, Write};
 
 /// What is compared, in the order of the columns.
 pub const COLUMNS: [Column; 5] = [
-    Column::new("total time", "s", 1),
+    Column::new("total time", "s", 2),
     Column::new("longest gap", "ms", 0),
     Column::new("on the wire", "MiB", 0),
     Column::new("CPU, both sides", "s", 1),
