@@ -67,7 +67,7 @@
 //! # Limits
 //!
 //! * Half is taken also beside several filling flows, together.
-//! * Who joins a filling flow whose queue is two round trips of 80 ms deep or more gets less than a third for the first ten seconds.
+//! * Who joins a filling flow whose queue is two round trips of 80 ms deep or more may get less than a third for the first ten seconds.
 //! * Beside a filling flow with a queue of a quarter of the path or less, losses are few and short: ours takes two thirds and more.
 //! * The first ten round trips of a path of under 1 ms are shorter than a timer's grain.
 //!
