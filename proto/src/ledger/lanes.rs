@@ -209,10 +209,8 @@ pub(super) struct Work {
 #[derive(Debug)]
 struct RegionWork {
     turns: Turns,
-    /// How many turns there are.
-    slots: u32,
-    /// How far behind the lanes before it this lane is, so that they do not come to a region's windows all at once: lanes of all lanes.
-    behind: (u8, u8),
+    /// How many lanes come to its windows before this one, so that they do not come all at once.
+    behind: u8,
     /// One bit for each turn.
     words: Vec<u64>,
     /// Whose turn it is; what has a lower one has had it.
@@ -233,8 +231,7 @@ impl Work {
             };
             RegionWork {
                 turns,
-                slots,
-                behind: (behind, lanes),
+                behind,
                 words: vec![0; slots.div_ceil(64) as usize],
                 turn: 0,
                 block: 0,
@@ -273,7 +270,7 @@ impl Work {
     ) -> Option<(WindowRef, WindowBits)> {
         // Once round what is left, and once round everything.
         for _ in 0..2 {
-            while let Some((region, work)) = self.furthest_behind(&wanted) {
+            while let Some((region, work)) = self.furthest_behind(lanes, &wanted) {
                 let found = work.next(|slot| {
                     let window = WindowIndex(slot * u32::from(lanes) + u32::from(lane.0));
                     let at = WindowRef { region, window };
@@ -291,11 +288,12 @@ impl Work {
 
     fn furthest_behind(
         &mut self,
+        lanes: u8,
         wanted: impl Fn(RegionId) -> bool,
     ) -> Option<(RegionId, &mut RegionWork)> {
         self.all(wanted)
             .filter(|(_, work)| !work.ended)
-            .min_by_key(|(_, work)| work.progress())
+            .min_by_key(|(_, work)| work.progress(lanes))
     }
 
     fn all(
@@ -310,10 +308,10 @@ impl Work {
 
 impl RegionWork {
     /// How much of it was gone round, of [`ALL`].
-    fn progress(&self) -> u64 {
-        let (behind, lanes) = (u64::from(self.behind.0), u64::from(self.behind.1));
-        let gone = self.turn as u64 * lanes + behind;
-        gone * ALL / (u64::from(self.slots) * lanes).max(1)
+    fn progress(&self, lanes: u8) -> u64 {
+        let lanes = u64::from(lanes);
+        let gone = self.turn as u64 * lanes + u64::from(self.behind);
+        gone * ALL / (self.turns.len() * lanes).max(1)
     }
 
     /// The next blocks from where the region stands to its end; at the end it starts over with the next call.

@@ -44,6 +44,11 @@ impl Turns {
         }
     }
 
+    /// How many there are.
+    pub(super) const fn len(&self) -> u64 {
+        self.len
+    }
+
     /// When `slot` has its turn; `None` where there is no such slot.
     pub(super) fn turn(&self, slot: u32) -> Option<usize> {
         let slot = Some(u64::from(slot)).filter(|slot| *slot < self.len)?;
