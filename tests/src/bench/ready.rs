@@ -5,11 +5,13 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::process::Command;
-use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
+
+use crate::link::on_thread;
 
 /// Memory that is made present: more than a run takes.
 const BYTES: usize = 2000 << 20;
@@ -24,13 +26,10 @@ pub fn make_ready() -> Result<()> {
     rustix::fs::sync();
     let folder = tempfile::tempdir()?;
     // The file system is the thread's alone, so that it is gone with it, however that ends.
-    thread::scope(|scope| {
-        let touched = scope.spawn(|| touch(folder.path())).join();
-        touched.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })
+    on_thread(|| touch(folder.path()))
 }
 
-fn touch(folder: &std::path::Path) -> Result<()> {
+fn touch(folder: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).context("a mount namespace needs root")?;
     mount(&["--make-rprivate", "/"])?;
     let place = folder.to_str().context("the temporary folder's name")?;

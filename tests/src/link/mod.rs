@@ -31,6 +31,7 @@ use anyhow::{Context, Result, ensure};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 pub use netns::Namespace;
+pub(crate) use netns::on_thread;
 pub use relay::Carried;
 pub use schedule::{CREDIT, Fate, Schedule, Shape};
 
