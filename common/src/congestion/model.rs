@@ -12,7 +12,7 @@ use super::filters::{
     RATE_ROUNDS, RATE_ROUNDS_QUEUED, RateFilter, RttFilter, carried, percent, time_of,
 };
 use super::gathered::Gathered;
-use super::round::{Report, Round};
+use super::round::{MIN_ROUND, Report, Round};
 use super::sharing::Sharing;
 use crate::units::Rate;
 
@@ -349,7 +349,8 @@ impl Model {
     /// Start-up: the window grows with what is acknowledged, as long as no queue builds up.
     fn grow(&mut self, bytes: u64) {
         let Some(min) = self.rtt.get() else { return };
-        if self.latest <= min + min / START_UP_QUEUE_PART + HEADROOM {
+        let own = HEADROOM.max(time_of(self.headroom(), self.rate.get()));
+        if self.latest <= min + min / START_UP_QUEUE_PART + own {
             self.window += percent(bytes, START_UP_GROWTH);
         }
     }
@@ -378,8 +379,10 @@ impl Controller for Model {
             self.rtt.push(self.latest);
         }
         self.round.on_ack(now, sent, bytes, app_limited);
-        if !matches!(self.phase, Phase::StartUp { .. }) {
-            let min_rtt = self.rtt.get().unwrap_or_default();
+        let min_rtt = self.rtt.get().unwrap_or_default();
+        // On a longer path start-up itself sends in trains, with pauses between them.
+        let in_trains = matches!(self.phase, Phase::StartUp { .. }) && min_rtt >= MIN_ROUND;
+        if !in_trains {
             self.gathered.on_ack(now, bytes, self.rate.get(), min_rtt);
         }
         if matches!(self.phase, Phase::StartUp { .. }) && !app_limited {

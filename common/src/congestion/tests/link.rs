@@ -3,6 +3,9 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+/// Largest UDP payload on a path of 1,500 bytes.
+const MTU: u16 = 1472;
+
 /// What a link does to packets.
 #[derive(Debug, Clone)]
 pub(super) struct LinkPlan {
@@ -10,6 +13,8 @@ pub(super) struct LinkPlan {
     pub(super) rate: u64,
     /// Both ways together.
     pub(super) rtt: Duration,
+    /// Largest UDP payload.
+    pub(super) mtu: u16,
     /// Bytes that may wait.
     pub(super) queue: u64,
     /// Lost at random behind the queue, in parts of a million.
@@ -31,6 +36,7 @@ impl LinkPlan {
         Self {
             rate,
             rtt,
+            mtu: MTU,
             queue: (bdp * bdp_percent / 100).max(128_000),
             loss_ppm: 0,
             reorder_ppm: 0,

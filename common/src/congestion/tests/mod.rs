@@ -17,6 +17,7 @@ use std::time::Duration;
 use self::link::LinkPlan;
 use self::world::{World, ceiling};
 use super::Congestion::{Cubic, Model};
+use crate::endpoint::MAX_MTU;
 
 const ENDLESS: u64 = 1 << 50;
 
@@ -109,6 +110,23 @@ fn a_busy_host_that_looks_now_and_then_does_not_slow_it_down() {
     let rate = world.rates(ms(1000))[0] as f64 / ceiling(world.link.plan.rate) as f64;
     println!("{rate:.3} of the line");
     assert!(rate >= 0.9, "{rate}");
+}
+
+#[test]
+fn a_busy_host_on_a_fast_cable_is_soon_at_its_rate() {
+    for (mbit, grain) in [(1000, 5), (5000, 4), (10_000, 4)] {
+        let plan = LinkPlan {
+            grain: ms(grain),
+            mtu: MAX_MTU,
+            ..LinkPlan::new(mbit, Duration::from_micros(130), 100_000)
+        };
+        let mut world = World::new(plan);
+        world.add(Model, ENDLESS);
+        world.run(ms(40));
+        let rate = world.rates(ms(20))[0] as f64 / ceiling(world.link.plan.rate) as f64;
+        println!("{mbit} Mbit/s: {rate:.3} of the line after 40 ms");
+        assert!(rate >= 0.9, "{mbit}: {rate}");
+    }
 }
 
 #[test]

@@ -8,9 +8,6 @@ use super::super::Congestion;
 use super::flow::{Datagram, Peer, pair};
 use super::link::{Link, LinkPlan};
 
-/// Largest UDP payload on a path of 1,500 bytes.
-pub(super) const MTU: u16 = 1472;
-
 /// What a payload of the application may be of the link's rate: quinn's packets carry 1,472 bytes less some 30 of QUIC's own.
 pub(super) fn ceiling(rate: u64) -> u64 {
     rate * 1436 / 1500
@@ -47,7 +44,8 @@ impl World {
     /// A flow that begins now, with so many bytes to send.
     pub(super) fn add(&mut self, congestion: Congestion, bytes: u64) -> usize {
         let flow = self.flows.len();
-        let mut peers = pair(congestion, MTU, u8::try_from(flow).unwrap() + 1, self.now);
+        let seed = u8::try_from(flow).unwrap() + 1;
+        let mut peers = pair(congestion, self.link.plan.mtu, seed, self.now);
         peers[0].backlog = bytes;
         self.flows.push(peers);
         self.drive(flow, 0);
