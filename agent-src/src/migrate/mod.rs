@@ -467,7 +467,7 @@ impl Migration {
 
 /// How often progress is shown and the compression policy is told of the link.
 fn ticker() -> Interval {
-    const EVERY: Duration = Duration::from_millis(200);
+    const EVERY: Duration = Duration::from_millis(25);
     let mut ticker = tokio::time::interval(EVERY);
     ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticker
