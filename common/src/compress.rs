@@ -40,13 +40,15 @@ const STRETCH: Duration = Duration::from_millis(190);
 /// A comparison with raw is judged as soon as it took this long and carried [`CONCLUSIVE`] guest bytes, or at the end of a stretch.
 const SHORT_STRETCH: Duration = Duration::from_millis(20);
 /// Some frames: they are counted whole, as they are handed over.
-const CONCLUSIVE: u64 = 4 << 20;
-/// What is not better raw after this time is not so: before, the last compressed frames are still on their way.
+const CONCLUSIVE: u64 = 2 << 20;
+/// What is not better raw after this time is not so: before, the last compressed frames are still on their way, and only what is
+/// [`CLEARLY_LESS`] is believed.
 const LEAST_LOOK: Duration = Duration::from_millis(45);
 /// What is better raw has to be so for this long.
 const LOOK: Duration = Duration::from_millis(120);
-/// Compression that is tried again is left after this time where it carries less than [`CLEARLY_LESS`] of what raw did.
+/// Compression that is tried again is left after this time where it carries [`CLEARLY_LESS`].
 const TRIAL: Duration = Duration::from_millis(90);
+/// Part of what the other one carries that no burst explains.
 const CLEARLY_LESS: f64 = 0.8;
 /// Intervals of the opening, the first of which has the copy's beginning in it.
 const OPENING: u32 = 20;
@@ -54,10 +56,10 @@ const OPENING: u32 = 20;
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 /// The longest such pause.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// Until then raw is looked at in the opening only, when it is not yet known what the link carries.
-const FIRST_LOOK: Duration = Duration::from_secs(2);
 /// What was reached raw counts this long, at first; each time that compression proves better the next stretch waits twice as long.
 const RAW_MEMORY: Duration = Duration::from_secs(20);
+/// The same, as a part of it, where compression may be what holds the copy up.
+const SUSPECTED: u32 = 10;
 /// The longest time without a look at raw: a link may have become faster.
 const MAX_RAW_MEMORY: Duration = Duration::from_secs(160);
 /// What the link has to carry at a level of what it carried at the one below: less says that the level starves it, however long
@@ -410,10 +412,11 @@ impl CompressPolicy {
     }
 
     fn judge_yardstick(&mut self, now: Duration, rung: usize, packed: f64) {
-        if !self.stretch.lasts(LEAST_LOOK) || !self.stretch.is_conclusive() {
+        let goodput = self.stretch.goodput();
+        let clear = self.stretch.lasts(LEAST_LOOK) || goodput < packed * CLEARLY_LESS;
+        if !clear || !self.stretch.is_conclusive() {
             return;
         }
-        let goodput = self.stretch.goodput();
         if goodput > packed * GAIN_RAW {
             if self.stretch.lasts(LOOK) {
                 self.look(now, goodput);
@@ -421,7 +424,9 @@ impl CompressPolicy {
             }
             return;
         }
-        self.look(now, goodput);
+        // So short a look tells which of both is better, and not what raw carries: a burst is in it.
+        self.raw_goodput = None;
+        self.looked = now;
         self.pause = FIRST_PAUSE;
         self.memory = (self.memory * 2).min(MAX_RAW_MEMORY);
         self.change(Stage::Packed(rung));
@@ -459,14 +464,14 @@ impl CompressPolicy {
         let starves = carried.is_some_and(|now| now < self.carried_below * LEAST_CARRIED);
         let too_high = share > MOST_SHARE || link_wait < LINK_BOUND || slower || starves;
         // Senders that wait for the link would do so the more with everything raw.
-        let suspect = now >= FIRST_LOOK && link_wait < LINK_BOUND && share > HARMLESS_SHARE;
-        let unknown = self.raw_goodput.is_none() || self.looked < FIRST_LOOK;
+        let suspect = link_wait < LINK_BOUND && share > HARMLESS_SHARE;
+        let due = now.saturating_sub(self.looked) > self.memory / SUSPECTED;
         if rung > 0 && too_high {
             self.climb_after = now.saturating_add(CLIMB_PAUSE);
             self.change(Stage::Packed(rung - 1));
         } else if slower {
             self.rest(now);
-        } else if (held_up && !fresh) || (suspect && unknown) {
+        } else if (held_up && !fresh) || (suspect && due) {
             let packed = goodput;
             self.change(Stage::Yardstick { rung, packed });
         } else if let Some(carried) = carried
