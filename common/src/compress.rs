@@ -5,7 +5,8 @@
 //! a stretch is sent raw where compression may be what holds the copy up, and now and then otherwise, and what carries fewer guest
 //! bytes per second than raw is turned off. A fast copy may be over within the second, so such a stretch comes at its very
 //! beginning, where compression keeps the cores busy, and none is longer than it takes to see which of both is better: whether
-//! senders wait does not tell, since busy cores let them wait as a full link does. Whether a frame's content shrinks at all is asked of a sample of it: see [`Effort`].
+//! senders wait does not tell, since busy cores let them wait as a full link does. Whether a frame's content shrinks at all is asked
+//! of a sample of it: see [`Effort`].
 
 use std::fmt;
 use std::str::FromStr;
@@ -398,17 +399,13 @@ impl CompressPolicy {
         }
         let goodput = stretch.goodput();
         self.look(now, goodput);
-        let worth_it = self.ratio.is_some_and(|ratio| ratio >= MIN_RATIO);
-        let expected = self.expected(goodput);
-        let more = expected.is_some_and(|expected| expected >= goodput * GAIN_ON);
-        if now >= self.paused_until && worth_it && more {
+        let (Some(ratio), Some(speed)) = (self.ratio, self.speed) else {
+            return;
+        };
+        let expected = (goodput * ratio).min(speed * self.workers);
+        if now >= self.paused_until && ratio >= MIN_RATIO && expected >= goodput * GAIN_ON {
             self.change(Stage::Trial);
         }
-    }
-
-    /// Guest bytes per second with compression where raw carries `goodput`, as far as link and workers are concerned.
-    fn expected(&self, goodput: f64) -> Option<f64> {
-        Some((goodput * self.ratio?).min(self.speed? * self.workers))
     }
 
     fn judge_yardstick(&mut self, now: Duration, rung: usize, packed: f64) {

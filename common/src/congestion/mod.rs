@@ -37,7 +37,8 @@
 //!
 //! * **Start-up** adds ¾ byte for each that is acknowledged and stops growing where the round trip is longer by an eighth and
 //!   what the headroom takes, which is 1 ms or, on a path of less than 4 ms, a busy host's batches. A queue shows one round trip after
-//!   it began; with doubling it would be as long as the path by then. It ends after three rounds that grew by less than a quarter, at once if a queue stands or loss exceeds the ceiling.
+//!   it began; with doubling it would be as long as the path by then. It ends after three rounds that grew by less than a quarter, at
+//!   once if a queue stands or loss exceeds the ceiling.
 //! * **The cycle** probes for one round in eight, makes up for it in the next, and cruises just above what fits. A probe that finds
 //!   much more goes on as start-up: a path that became ten times faster is taken in some twenty rounds. A probe answered with
 //!   loss makes the next one twice as rare, up to one in 64 rounds.

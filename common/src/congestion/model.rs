@@ -380,12 +380,12 @@ impl Controller for Model {
         }
         self.round.on_ack(now, sent, bytes, app_limited);
         let min_rtt = self.rtt.get().unwrap_or_default();
+        let starts_up = matches!(self.phase, Phase::StartUp { .. });
         // On a longer path start-up itself sends in trains, with pauses between them.
-        let in_trains = matches!(self.phase, Phase::StartUp { .. }) && min_rtt >= MIN_ROUND;
-        if !in_trains {
+        if !starts_up || min_rtt < MIN_ROUND {
             self.gathered.on_ack(now, bytes, self.rate.get(), min_rtt);
         }
-        if matches!(self.phase, Phase::StartUp { .. }) && !app_limited {
+        if starts_up && !app_limited {
             self.grow(bytes);
         }
     }
