@@ -6,15 +6,15 @@
 //! written whole or, if its lane is stopped, not begun. A lane holds one frame at a time, so memory is bounded by the
 //! number of lanes.
 
+use std::io::IoSlice;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vmferry_common::causes::chain;
-use vmferry_common::codec::{CodecError, Decoder};
-use vmferry_common::lanes::{LaneError, LaneReceiver};
+use vmferry_common::codec::{self, CodecError, Decoder};
+use vmferry_common::lanes::{LaneError, LaneReceiver, Payload};
 use vmferry_hypervisor::GuestError;
 use vmferry_proto::error::{ErrorCode, WireError};
 use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader};
@@ -153,45 +153,56 @@ impl Applier {
         }
     }
 
-    async fn apply(&mut self, header: &FrameHeader, payload: Bytes) -> Result<(), ApplyError> {
-        let Self {
-            receiver,
-            decoder,
-            here,
-            context,
-        } = self;
-        let LaneContext {
-            sink, board, meter, ..
-        } = context;
+    async fn apply(&mut self, header: &FrameHeader, payload: Payload) -> Result<(), ApplyError> {
+        let sink = Arc::clone(&self.context.sink);
         // The header was checked against the lengths of these very regions.
         let Some(target) = sink.target(header.region) else {
             return Ok(());
         };
+        match payload {
+            Payload::Raw(pieces) => {
+                codec::check_raw(header, &pieces).map_err(|source| wrong(header, source))?;
+                let data: Vec<IoSlice<'_>> =
+                    pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+                write(&target, header, &data).await?;
+            }
+            Payload::Encoded(payload) => {
+                let data = self.decode(&sink, &target, header, &payload).await?;
+                write(&target, header, &[IoSlice::new(data)]).await?;
+            }
+        }
+        sink.note(header.region, header.window, &header.present);
+        let LaneContext { board, meter, .. } = &self.context;
+        meter.add(u64::from(header.payload_len) + FrameHeader::ENCODED_LEN as u64);
+        let bytes = target.len.bytes_of(header.window, &header.present);
+        let lane = self.receiver.lane();
+        board.note_applied(lane, header.seq, target.kind, u64::from(bytes));
+        Ok(())
+    }
+
+    /// The blocks that an encoded frame comes to, their digest checked.
+    async fn decode<'a>(
+        &'a mut self,
+        sink: &Sink,
+        target: &Target<'_>,
+        header: &FrameHeader,
+        payload: &'a [u8],
+    ) -> Result<&'a [u8], ApplyError> {
+        let Self { decoder, here, .. } = self;
         let decoded = match header.encoding {
-            Encoding::Raw | Encoding::Zstd => decoder.decode(header, &payload),
+            Encoding::Raw | Encoding::Zstd => decoder.decode(header, payload),
             Encoding::Difference => {
-                read_bases(&target, header, &payload, here).await?;
-                decoder.decode_differences(header, &payload, target.len, here)
+                read_bases(target, header, payload, here).await?;
+                decoder.decode_differences(header, payload, target.len, here)
             }
             Encoding::Duplicate => {
-                let origins = origins::of(sink, header, &payload);
+                let origins = origins::of(sink, header, payload);
                 let origins = origins.map_err(|source| wrong(header, source))?;
                 origins::read(sink, &origins.places, here).await?;
                 decoder.decode_duplicates(header, &origins, target.len, here)
             }
         };
-        let data = decoded.map_err(|source| wrong(header, source))?;
-        write(&target, header, data)
-            .await
-            .map_err(|source| ApplyError::Write {
-                region: target.name.to_owned(),
-                source,
-            })?;
-        sink.note(header.region, header.window, &header.present);
-        meter.add(u64::from(header.payload_len) + FrameHeader::ENCODED_LEN as u64);
-        let bytes = target.len.bytes_of(header.window, &header.present);
-        board.note_applied(receiver.lane(), header.seq, target.kind, u64::from(bytes));
-        Ok(())
+        decoded.map_err(|source| wrong(header, source))
     }
 }
 
@@ -238,14 +249,24 @@ async fn read_bases(
         })
 }
 
-async fn write(target: &Target<'_>, header: &FrameHeader, data: &[u8]) -> Result<(), GuestError> {
-    let runs = header.data_runs(target.len);
-    if !runs.is_empty() {
-        target.writer.write(&runs, data).await?;
-    }
-    let zeros = header.zero_runs(target.len);
-    if !zeros.is_empty() {
-        target.writer.zero(&zeros).await?;
-    }
-    Ok(())
+async fn write(
+    target: &Target<'_>,
+    header: &FrameHeader,
+    data: &[IoSlice<'_>],
+) -> Result<(), ApplyError> {
+    let write = async {
+        let runs = header.data_runs(target.len);
+        if !runs.is_empty() {
+            target.writer.write_vectored(&runs, data).await?;
+        }
+        let zeros = header.zero_runs(target.len);
+        if !zeros.is_empty() {
+            target.writer.zero(&zeros).await?;
+        }
+        Ok(())
+    };
+    write.await.map_err(|source| ApplyError::Write {
+        region: target.name.to_owned(),
+        source,
+    })
 }

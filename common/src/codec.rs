@@ -27,7 +27,7 @@ mod decode;
 mod duplicate;
 mod press;
 
-pub use decode::Decoder;
+pub use decode::{Decoder, check_raw};
 pub use press::EncoderPool;
 use press::Press;
 

@@ -6,9 +6,10 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
-use tokio::io::AsyncReadExt;
 use vmferry_proto::error::{ErrorCode, WireError};
-use vmferry_proto::frame::{FrameError, FrameHeader, StreamHeader, StreamHeaderError, StreamKind};
+use vmferry_proto::frame::{
+    Encoding, FrameError, FrameHeader, StreamHeader, StreamHeaderError, StreamKind,
+};
 use vmferry_proto::geometry::RegionLen;
 use vmferry_proto::ids::{Attempt, FrameSeq, Lane};
 use vmferry_proto::limits::{MAX_DEVICE_STATE, MAX_FRAME_PAYLOAD};
@@ -17,6 +18,10 @@ use crate::budget::Path;
 use crate::digest;
 use crate::link::LinkError;
 use crate::pace::Pacer;
+
+mod pieces;
+
+use pieces::{Gathered, PieceReader};
 
 /// Priority of lanes: below the control stream and the device state.
 const LANE_PRIORITY: i32 = 0;
@@ -313,7 +318,7 @@ impl IncomingStream {
     ) -> Option<LaneReceiver> {
         match self.header.kind {
             StreamKind::Lane { lane } => Some(LaneReceiver {
-                stream: self.stream,
+                stream: PieceReader::new(self.stream),
                 peer: self.peer,
                 lane,
                 lanes,
@@ -369,14 +374,23 @@ impl IncomingStream {
 /// Receives the frames of one lane.
 #[derive(Debug)]
 pub struct LaneReceiver {
-    stream: RecvStream,
+    stream: PieceReader,
     peer: String,
     lane: Lane,
     lanes: u8,
     geometry: std::sync::Arc<[RegionLen]>,
     last: FrameSeq,
-    /// Holds the payload at hand, and the next one once the caller has dropped that.
+    /// Holds a payload that is to be in one piece, and the next such one once the caller has dropped that.
     buffer: BytesMut,
+}
+
+/// What follows a frame's header.
+#[derive(Debug)]
+pub enum Payload {
+    /// The blocks themselves, one behind the other, in the pieces in which they came: a copy less.
+    Raw(Vec<Bytes>),
+    /// What they are to be made of.
+    Encoded(Bytes),
 }
 
 impl LaneReceiver {
@@ -394,7 +408,7 @@ impl LaneReceiver {
 
     /// The next frame, its header checked; `None` when the lane ended between two frames.
     /// **Not** cancel safe: it belongs into a task of its own; after an error or a dropped call the lane is of no use.
-    pub async fn next(&mut self) -> Result<Option<(FrameHeader, Bytes)>, LaneError> {
+    pub async fn next(&mut self) -> Result<Option<(FrameHeader, Payload)>, LaneError> {
         let Some(bytes) = self.header_bytes().await? else {
             return Ok(None);
         };
@@ -409,54 +423,72 @@ impl LaneReceiver {
                 lane: self.lane,
                 source,
             })?;
-        let payload = self
-            .payload(header.payload_len.min(MAX_FRAME_PAYLOAD))
-            .await?;
+        let len = header.payload_len.min(MAX_FRAME_PAYLOAD) as usize;
+        let payload = match header.encoding {
+            Encoding::Raw => Payload::Raw(self.pieces(len).await?),
+            Encoding::Zstd | Encoding::Difference | Encoding::Duplicate => {
+                Payload::Encoded(self.whole(len).await?)
+            }
+        };
         self.last = expected;
         Ok(Some((header, payload)))
     }
 
     async fn header_bytes(&mut self) -> Result<Option<[u8; FrameHeader::ENCODED_LEN]>, LaneError> {
         let mut bytes = [0; FrameHeader::ENCODED_LEN];
-        match self.stream.read_exact(&mut bytes).await {
-            Ok(()) => Ok(Some(bytes)),
-            Err(ReadExactError::FinishedEarly(0)) => Ok(None),
-            Err(error) => Err(read_error(&error, &self.peer, "a frame header")),
+        let mut room = &mut bytes[..];
+        while !room.is_empty() {
+            let Some(piece) = self.piece(room.len()).await? else {
+                return if room.len() == FrameHeader::ENCODED_LEN {
+                    Ok(None)
+                } else {
+                    Err(self.truncated("a frame header"))
+                };
+            };
+            room.put_slice(&piece);
         }
+        Ok(Some(bytes))
     }
 
-    /// Read straight into memory that was not cleared first: at full rate that would be a tenth of the work.
-    async fn payload(&mut self, len: u32) -> Result<Bytes, LaneError> {
-        let len = len as usize;
+    /// The next `len` bytes as they came.
+    async fn pieces(&mut self, len: usize) -> Result<Vec<Bytes>, LaneError> {
+        let mut pieces = Gathered::default();
+        let mut missing = len;
+        while missing > 0 {
+            let piece = self.piece_of_frame(missing).await?;
+            missing -= piece.len();
+            pieces.push(piece);
+        }
+        Ok(pieces.into_pieces())
+    }
+
+    /// The next `len` bytes one behind the other, in memory that was not cleared first.
+    async fn whole(&mut self, len: usize) -> Result<Bytes, LaneError> {
         self.buffer.clear();
         // The same memory again where the payload before was dropped: no page faults of fresh memory.
         self.buffer.reserve(len);
         while self.buffer.len() < len {
-            let left = len - self.buffer.len();
-            let mut room = (&mut self.buffer).limit(left);
-            match self.stream.read_buf(&mut room).await {
-                Ok(1..) => {}
-                Ok(0) => {
-                    return Err(LaneError::Truncated {
-                        peer: self.peer.clone(),
-                        what: "a frame",
-                    });
-                }
-                Err(error) => return Err(read_io_error(&error, &self.peer).into()),
-            }
+            let piece = self.piece_of_frame(len - self.buffer.len()).await?;
+            self.buffer.extend_from_slice(&piece);
         }
         Ok(self.buffer.split().freeze())
     }
-}
 
-/// quinn's own error out of the one that the generic reader returns.
-fn read_io_error(error: &std::io::Error, peer: &str) -> LinkError {
-    match error.get_ref().and_then(|inner| inner.downcast_ref()) {
-        Some(inner) => LinkError::of_read(inner, peer),
-        None => LinkError::Transport {
-            peer: peer.to_owned(),
-            reason: error.to_string(),
-        },
+    async fn piece_of_frame(&mut self, most: usize) -> Result<Bytes, LaneError> {
+        let piece = self.piece(most).await?;
+        piece.ok_or_else(|| self.truncated("a frame"))
+    }
+
+    async fn piece(&mut self, most: usize) -> Result<Option<Bytes>, LaneError> {
+        let piece = self.stream.next(most).await;
+        piece.map_err(|error| LinkError::of_read(&error, &self.peer).into())
+    }
+
+    fn truncated(&self, what: &'static str) -> LaneError {
+        LaneError::Truncated {
+            peer: self.peer.clone(),
+            what,
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Owns the contracts; a driver owns how they are kept. The rules that make a copy right (arm, barrier,
 //! read; completeness) are kept by the engine, which calls these in that order.
 
+use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -172,6 +173,16 @@ pub trait RegionReader: Send + Sync + std::fmt::Debug {
 pub trait RegionWriter: RegionReader {
     /// Writes `data`, which is exactly as long as the runs together.
     async fn write(&self, runs: &[Run], data: &[u8]) -> Result<(), GuestError>;
+
+    /// As [`write`](Self::write), of parts that stand anywhere. Where a driver has no way to write those, they are put together first.
+    async fn write_vectored(&self, runs: &[Run], data: &[IoSlice<'_>]) -> Result<(), GuestError> {
+        if let [whole] = data {
+            return self.write(runs, whole).await;
+        }
+        let mut whole = Vec::with_capacity(data.iter().map(|part| part.len()).sum());
+        data.iter().for_each(|part| whole.extend_from_slice(part));
+        self.write(runs, &whole).await
+    }
 
     /// Makes `runs` read as zero; does nothing where they are known to, and leaves holes where it can.
     async fn zero(&self, runs: &[Run]) -> Result<(), GuestError>;

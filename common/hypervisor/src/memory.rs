@@ -6,6 +6,7 @@
 //! also when the future that took it was dropped.
 
 use std::collections::BTreeMap;
+use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -467,7 +468,11 @@ fn spread(parts: &[(usize, MemoryRun)], packed: usize, buf: &mut [u8]) {
 #[async_trait]
 impl RegionWriter for MemoryAccess {
     async fn write(&self, runs: &[Run], data: &[u8]) -> Result<(), GuestError> {
-        check_length(runs, data.len())?;
+        self.write_vectored(runs, &[IoSlice::new(data)]).await
+    }
+
+    async fn write_vectored(&self, runs: &[Run], data: &[IoSlice<'_>]) -> Result<(), GuestError> {
+        check_length(runs, data.iter().map(|part| part.len()).sum())?;
         let runs: Vec<MemoryRun> = runs
             .iter()
             .map(|run| MemoryRun {
@@ -476,7 +481,7 @@ impl RegionWriter for MemoryAccess {
             })
             .collect();
         self.memory()
-            .write(self.index, &runs, data)
+            .write_vectored(self.index, &runs, data)
             .map_err(tracking)
     }
 

@@ -5,7 +5,7 @@
 //! is held by its pidfd: after its end every call fails with [`TrackError::Gone`].
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -21,7 +21,7 @@ use crate::sys::{
     NO_REGION, PAGE_SIZE, RemotePiece, ScanRequest, pagemap_scan, read_remote, write_remote,
 };
 
-/// Most pieces in one process_vm_readv (the kernel's UIO_MAXIOV).
+/// Most pieces of either side in one process_vm_readv or process_vm_writev (the kernel's UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
 /// Answer slots of one scan: 24 KiB, more than the kernel fills in one step of its own.
 const SCAN_SLOTS: usize = 1024;
@@ -131,16 +131,28 @@ impl RemoteMemory {
 
     /// Writes `data`, which is exactly as long as `runs` of range `index` together.
     pub fn write(&self, index: usize, runs: &[MemoryRun], data: &[u8]) -> Result<(), TrackError> {
-        let pieces = self.pieces(index, runs, data.len())?;
+        self.write_vectored(index, runs, &[IoSlice::new(data)])
+    }
+
+    /// Writes the parts of `data`, one behind the other, which are exactly as long as `runs` of range `index` together.
+    pub fn write_vectored(
+        &self,
+        index: usize,
+        runs: &[MemoryRun],
+        data: &[IoSlice<'_>],
+    ) -> Result<(), TrackError> {
+        let len = data.iter().map(|part| part.len()).sum();
+        let pieces = self.pieces(index, runs, len)?;
         let pid = self.process.pid();
-        let mut done = 0;
+        let mut data = data.to_vec();
+        let mut data = &mut data[..];
         for batch in pieces.chunks(MAX_PIECES) {
             let mut batch = batch.to_vec();
             while !batch.is_empty() {
                 self.process.check_alive()?;
-                let want = batch.iter().map(|piece| piece.len).sum::<usize>();
-                let put = write_remote(pid, &batch, &data[done..done + want]);
-                done += self.progress(&mut batch, put, "write")?;
+                let put = write_remote(pid, &batch, &data[..data.len().min(MAX_PIECES)]);
+                let put = self.progress(&mut batch, put, "write")?;
+                IoSlice::advance_slices(&mut data, put);
             }
         }
         self.process.check_alive()

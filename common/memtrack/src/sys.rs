@@ -3,7 +3,7 @@
 //! Owns one thin safe function for each. They check what memory safety of *this* process needs and nothing
 //! else; meaning is given to them elsewhere.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
@@ -163,20 +163,21 @@ pub(crate) fn read_remote(pid: u32, pieces: &[RemotePiece], buf: &mut [u8]) -> i
     usize::try_from(done).map_err(|_| io::Error::last_os_error())
 }
 
-/// One process_vm_writev from `data`: bytes written, which may be fewer than asked.
-pub(crate) fn write_remote(pid: u32, pieces: &[RemotePiece], data: &[u8]) -> io::Result<usize> {
-    let local = libc::iovec {
-        iov_base: data.as_ptr().cast_mut().cast(),
-        iov_len: data.len(),
-    };
+/// One process_vm_writev from `data`, one behind the other: bytes written, which may be fewer than asked.
+pub(crate) fn write_remote(
+    pid: u32,
+    pieces: &[RemotePiece],
+    data: &[IoSlice<'_>],
+) -> io::Result<usize> {
     let remote = remote_iovecs(pieces);
-    // SAFETY: the kernel only reads `data` (the iovec's type is shared with readv, hence the cast); the remote addresses
-    // are only looked up in the other process, of which the caller was told that it is memory to write.
+    // SAFETY: the kernel only reads what `data` borrows, and an `IoSlice` is laid out as an iovec ("guaranteed to be ABI compatible
+    // with the iovec type on Unix platforms"); the remote addresses are only looked up in the other process, of which the caller
+    // was told that it is memory to write.
     let done = unsafe {
         libc::process_vm_writev(
             pid.cast_signed(),
-            &raw const local,
-            1,
+            data.as_ptr().cast(),
+            data.len() as u64,
             remote.as_ptr(),
             remote.len() as u64,
             0,

@@ -14,7 +14,7 @@
 mod target;
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, IoSlice};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -397,6 +397,14 @@ fn many_runs_are_read_and_written_at_once() {
         let mut back = vec![0; len];
         memory.read(0, &runs, &mut back).unwrap();
         assert!(back == data, "{kind}");
+        // Parts whose ends are not those of the runs, and more of them than one call takes.
+        let data: Vec<u8> = data.iter().map(|byte| byte ^ 0xff).collect();
+        let parts: Vec<IoSlice<'_>> = data.chunks(77).map(IoSlice::new).collect();
+        assert!(parts.len() > 2048);
+        memory.write_vectored(0, &runs, &parts).unwrap();
+        memory.read(0, &runs, &mut back).unwrap();
+        assert!(back == data, "{kind}, in parts");
+        assert!(memory.write_vectored(0, &runs, &parts[1..]).is_err());
         let mut between = [1u8; 4];
         memory
             .read(

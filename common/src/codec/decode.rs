@@ -3,13 +3,15 @@
 //! Owns the bound on what is made of a payload and the comparison of its digest, and of that of what it refers to. Where the
 //! bytes go, and where those come from that are here already, is the caller's.
 
+use bytes::Bytes;
 use vmferry_proto::frame::{Bases, Encoding, FrameError, FrameHeader, Origins};
 use vmferry_proto::geometry::{BLOCK_SIZE, RegionLen};
 use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
 use zstd::bulk::Decompressor;
 
 use super::{CodecError, places};
-use crate::{digest, kept};
+use crate::digest::{self, PlainDigest};
+use crate::kept;
 
 /// Decodes payloads; one per worker, since it keeps zstd's context and what that made of the last payload.
 pub struct Decoder {
@@ -160,6 +162,15 @@ impl Unpacker {
     }
 }
 
+/// Checks the blocks of a raw frame, as [`Decoder::decode`] does, where they stand in several pieces.
+pub fn check_raw(header: &FrameHeader, pieces: &[Bytes]) -> Result<(), CodecError> {
+    let len: usize = pieces.iter().map(Bytes::len).sum();
+    check_length(header, len)?;
+    let mut digest = PlainDigest::new();
+    pieces.iter().for_each(|piece| digest.update(piece));
+    check_digest(header, digest.finish())
+}
+
 fn check_payload(header: &FrameHeader, payload: &[u8]) -> Result<(), CodecError> {
     if header.raw_len > MAX_FRAME_PAYLOAD || payload.len() != header.payload_len as usize {
         return Err(CodecError::Payload {
@@ -171,14 +182,23 @@ fn check_payload(header: &FrameHeader, payload: &[u8]) -> Result<(), CodecError>
 }
 
 fn check_decoded(header: &FrameHeader, raw: &[u8]) -> Result<(), CodecError> {
-    if raw.len() != header.raw_len as usize {
-        return Err(CodecError::Payload {
-            expected: header.raw_len,
-            source: None,
-        });
+    check_length(header, raw.len())?;
+    check_digest(header, digest::plain(raw))
+}
+
+const fn check_length(header: &FrameHeader, len: usize) -> Result<(), CodecError> {
+    if len == header.raw_len as usize {
+        return Ok(());
     }
-    if digest::plain(raw) != header.digest {
-        return Err(CodecError::Digest);
+    Err(CodecError::Payload {
+        expected: header.raw_len,
+        source: None,
+    })
+}
+
+const fn check_digest(header: &FrameHeader, digest: u128) -> Result<(), CodecError> {
+    if digest == header.digest {
+        return Ok(());
     }
-    Ok(())
+    Err(CodecError::Digest)
 }
