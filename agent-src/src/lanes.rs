@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
 use vmferry_common::budget::SendBudget;
 use vmferry_common::codec::{
     Before, Blocks, CodecError, Elsewhere, Encoded, Encoder, EncoderPool, KeptBefore,
@@ -287,10 +286,9 @@ impl Worker {
         } = job;
         let wanted = frame.blocks.minus(&frame.known_zero);
         let bytes = len.bytes_of(frame.window, &wanted) as usize;
-        let (reserved, mut waited) = self
-            .budget
-            .reserve(bytes as u64, || self.sender.path())
-            .await;
+        let link_waits = self.counters.link_waits();
+        let path = || self.sender.path();
+        let reserved = self.budget.reserve(bytes as u64, path, link_waits).await;
         let room = self.encoder.room(bytes);
         if bytes > 0 {
             let runs = len.runs(frame.window, &wanted);
@@ -315,12 +313,11 @@ impl Worker {
         let encoded = self.encode(&blocks, job)?;
         self.counters.count(&encoded);
         let header = encoded.header(frame.seq);
-        let began = Instant::now();
+        let _waiting = self.counters.link_waits().begin();
+        let payload = reserved.send(encoded.payload);
         self.sender
-            .send_paced(&header, reserved.send(encoded.payload), &self.pacer)
+            .send_paced(&header, payload, &self.pacer)
             .await?;
-        waited += began.elapsed();
-        self.counters.on_waited(waited);
         Ok(())
     }
 

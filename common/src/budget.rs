@@ -7,11 +7,13 @@
 //! and a dropped payload is counted no more.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::Notify;
 use vmferry_proto::limits::MAX_FRAME_PAYLOAD;
+
+use crate::waits::{LinkWaits, Waiting};
 
 /// Windows held: one under way and one ready behind it, so that the path never waits for a reader.
 const WINDOWS: u64 = 2;
@@ -104,13 +106,15 @@ impl SendBudget {
     }
 
     /// Waits for room for `bytes`, of which there is always some where nothing is held; `path` is asked anew whenever there may be
-    /// room: who began to wait when its window was small must not be held to that while others go on with what it has become. Also says how long the link was what it waited for. Cancel safe.
+    /// room: who began to wait when its window was small must not be held to that while others go on with what it has become. While
+    /// the link is what it waits for, `waits` is told. Cancel safe.
     pub async fn reserve(
         self: &Arc<Self>,
         bytes: u64,
         path: impl Fn() -> Path,
-    ) -> (Reserved, Duration) {
-        let mut waiting: Option<(Instant, bool)> = None;
+        waits: &LinkWaits,
+    ) -> Reserved {
+        let mut waiting: Option<Waiting<'_>> = None;
         loop {
             match self.admit(bytes, path()) {
                 Admission::Granted { more } => {
@@ -121,22 +125,17 @@ impl SendBudget {
                     break;
                 }
                 Admission::Full { of_link } => {
-                    let _ = waiting.get_or_insert_with(|| (Instant::now(), of_link));
+                    waiting = of_link.then(|| waiting.unwrap_or_else(|| waits.begin()));
                     // Freed or not, it looks again.
                     let _ = tokio::time::timeout(LOOK_AGAIN, self.freed.notified()).await;
                 }
             }
         }
-        let waited = match waiting {
-            Some((began, true)) => began.elapsed(),
-            Some((_, false)) | None => Duration::ZERO,
-        };
-        let room = Reserved {
+        Reserved {
             budget: self.clone(),
             bytes,
             sent: false,
-        };
-        (room, waited)
+        }
     }
 
     /// Counts `bytes` if they fit.
@@ -218,6 +217,8 @@ impl Drop for Reserved {
 mod tests {
     use super::*;
 
+    use std::time::Instant;
+
     use std::sync::atomic::{AtomicU64, Ordering};
 
     const FRAME: u64 = MAX_FRAME_PAYLOAD as u64;
@@ -231,9 +232,10 @@ mod tests {
     }
 
     async fn fits(budget: &Arc<SendBudget>, bytes: u64, window: u64) -> Option<Reserved> {
-        let reserve = budget.reserve(bytes, || clean(window));
+        let waits = LinkWaits::default();
+        let reserve = budget.reserve(bytes, || clean(window), &waits);
         let answer = tokio::time::timeout(Duration::from_millis(20), reserve).await;
-        answer.ok().map(|(room, _)| room)
+        answer.ok()
     }
 
     async fn fill(budget: &Arc<SendBudget>, window: u64) -> Vec<Reserved> {
@@ -260,14 +262,14 @@ mod tests {
         let waiter = {
             let (budget, window) = (budget.clone(), window.clone());
             let now = move || clean(window.load(Ordering::Relaxed));
-            tokio::spawn(async move { budget.reserve(FRAME, now).await })
+            tokio::spawn(async move { budget.reserve(FRAME, now, &LinkWaits::default()).await })
         };
         tokio::task::yield_now().await;
         window.store(10 * FRAME, Ordering::Relaxed);
         // Others have taken more meanwhile: there never is room again by what the window was.
         held.extend(fill(&budget, 5 * FRAME).await);
         held.pop();
-        let (room, _) = tokio::time::timeout(Duration::from_secs(10), waiter)
+        let room = tokio::time::timeout(Duration::from_secs(10), waiter)
             .await
             .expect("it is let in")
             .unwrap();
@@ -280,7 +282,9 @@ mod tests {
         let _held = fill(&budget, 0).await;
         let began = Instant::now();
         let grows = || clean(10 * FRAME * u64::from(began.elapsed() > LOOK_AGAIN / 2));
-        tokio::time::timeout(Duration::from_secs(10), budget.reserve(FRAME, grows))
+        let waits = LinkWaits::default();
+        let reserve = budget.reserve(FRAME, grows, &waits);
+        tokio::time::timeout(Duration::from_secs(10), reserve)
             .await
             .expect("it is let in");
     }
@@ -320,7 +324,8 @@ mod tests {
         let held = fill(&budget, 0).await;
         assert!(fits(&budget, 0, 0).await.is_some());
         drop(held);
-        let (large, _) = budget.reserve(100 * FRAME, Path::default).await;
+        let waits = LinkWaits::default();
+        let large = budget.reserve(100 * FRAME, Path::default, &waits).await;
         assert!(fits(&budget, 1, 0).await.is_none());
         assert!(large.send(Bytes::new()).is_empty());
         assert!(fits(&budget, FRAME, 0).await.is_some());
@@ -332,7 +337,11 @@ mod tests {
         let mut held = fill(&budget, 0).await;
         let waiter = |budget: &Arc<SendBudget>| {
             let budget = budget.clone();
-            tokio::spawn(async move { budget.reserve(FRAME, Path::default).await.1 })
+            tokio::spawn(async move {
+                let waits = LinkWaits::default();
+                drop(budget.reserve(FRAME, Path::default, &waits).await);
+                waits.total()
+            })
         };
         let encoders = waiter(&budget);
         tokio::time::sleep(Duration::from_millis(20)).await;

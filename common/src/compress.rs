@@ -68,6 +68,8 @@ const MAX_RAW_MEMORY: Duration = Duration::from_secs(160);
 const LEAST_CARRIED: f64 = 0.93;
 /// Stretches, those of settling included, until what the link carries is known well enough: frames are counted whole as they go.
 const CARRIED_KNOWN: u32 = SETTLE + 4;
+/// What was carried longer ago than this counts half.
+const LATELY: Duration = Duration::from_secs(2);
 /// After a level was too high it is not tried for this time.
 const CLIMB_PAUSE: Duration = Duration::from_secs(20);
 /// The first stretches after a change still carry frames of before.
@@ -176,6 +178,28 @@ impl Stretch {
     }
 }
 
+/// What went over the wire lately: frames are counted whole as they are handed over, so a single stretch says little.
+#[derive(Debug, Clone, Copy, Default)]
+struct Carried {
+    bytes: f64,
+    elapsed: f64,
+}
+
+impl Carried {
+    fn add(&mut self, stretch: &Stretch) {
+        if self.elapsed >= LATELY.as_secs_f64() {
+            self.bytes /= 2.0;
+            self.elapsed /= 2.0;
+        }
+        self.bytes += as_f64(stretch.wire_bytes);
+        self.elapsed += stretch.elapsed;
+    }
+
+    fn rate(&self) -> f64 {
+        self.bytes / self.elapsed
+    }
+}
+
 /// How a frame is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Effort {
@@ -234,8 +258,9 @@ pub struct CompressPolicy {
     paused_until: Duration,
     pause: Duration,
     climb_after: Duration,
-    /// Bytes per second on the wire in this stage, and at the level below if that was left for this one.
-    carried: Option<f64>,
+    /// What went over the wire in this stage lately.
+    carried: Carried,
+    /// Bytes per second at the level below, if that was left for this one.
     carried_below: f64,
 }
 
@@ -260,7 +285,7 @@ impl CompressPolicy {
             paused_until: Duration::ZERO,
             pause: FIRST_PAUSE,
             climb_after: Duration::ZERO,
-            carried: None,
+            carried: Carried::default(),
             carried_below: 0.0,
         }
     }
@@ -380,10 +405,7 @@ impl CompressPolicy {
         if self.stretches_in_stage <= SETTLE {
             return;
         }
-        mean(
-            &mut self.carried,
-            as_f64(stretch.wire_bytes) / stretch.elapsed,
-        );
+        self.carried.add(&stretch);
         if let Stage::Packed(rung) = self.stage {
             self.judge_packed(now, rung, &stretch);
         } else {
@@ -445,9 +467,8 @@ impl CompressPolicy {
     fn judge_packed(&mut self, now: Duration, rung: usize, stretch: &Stretch) {
         let (goodput, link_wait) = (stretch.goodput(), stretch.link_wait());
         let share = stretch.share(self.workers);
-        let carried = self
-            .carried
-            .filter(|_| self.stretches_in_stage >= CARRIED_KNOWN);
+        let known = self.stretches_in_stage >= CARRIED_KNOWN;
+        let carried = known.then(|| self.carried.rate());
         // Where the link no longer is the bottleneck it may have become faster since.
         let memory = if link_wait < LINK_BOUND {
             RAW_MEMORY
@@ -505,7 +526,7 @@ impl CompressPolicy {
         self.stage = stage;
         self.stretches_in_stage = 0;
         self.stretch = Stretch::default();
-        self.carried = None;
+        self.carried = Carried::default();
         self.carried_below = 0.0;
     }
 }

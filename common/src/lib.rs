@@ -31,3 +31,4 @@ pub mod state;
 pub mod storage;
 pub mod telemetry;
 pub mod units;
+pub mod waits;

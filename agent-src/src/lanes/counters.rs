@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vmferry_common::codec::Encoded;
 use vmferry_common::compress::{CompressMode, CompressPolicy, Interval};
+use vmferry_common::waits::LinkWaits;
 use vmferry_proto::frame::{Encoding, FrameHeader};
 
 use super::workers;
@@ -24,7 +25,7 @@ pub struct LaneCounters {
     /// Set where the destination did not have what a frame referred to.
     only_whole: AtomicBool,
     raw_bytes: AtomicU64,
-    waited_ns: AtomicU64,
+    link_waits: LinkWaits,
     began: Instant,
     compress: Mutex<(CompressPolicy, Mark)>,
 }
@@ -35,7 +36,7 @@ pub(super) struct Mark {
     at: Duration,
     raw_bytes: u64,
     wire_bytes: u64,
-    waited_ns: u64,
+    waited: Duration,
 }
 
 impl LaneCounters {
@@ -51,7 +52,7 @@ impl LaneCounters {
             duplicate_blocks: AtomicU64::new(0),
             only_whole: AtomicBool::new(false),
             raw_bytes: AtomicU64::new(0),
-            waited_ns: AtomicU64::new(0),
+            link_waits: LinkWaits::default(),
             began: Instant::now(),
             compress: Mutex::new((policy, Mark::default())),
         }
@@ -63,12 +64,12 @@ impl LaneCounters {
             at: self.began.elapsed(),
             raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
             wire_bytes: self.wire(),
-            waited_ns: self.waited_ns.load(Ordering::Relaxed),
+            waited: self.link_waits.total(),
         };
         let mut compress = self.compress();
         let (policy, last) = &mut *compress;
         let elapsed = now.at.saturating_sub(last.at);
-        let waited = Duration::from_nanos(now.waited_ns - last.waited_ns).as_secs_f64();
+        let waited = now.waited.saturating_sub(last.waited).as_secs_f64();
         let lane_time = elapsed.as_secs_f64() * f64::from(u32::try_from(lanes.max(1)).unwrap_or(1));
         let interval = Interval {
             elapsed,
@@ -128,10 +129,9 @@ impl LaneCounters {
         !self.only_whole.load(Ordering::Relaxed)
     }
 
-    /// A lane waited for the link.
-    pub(super) fn on_waited(&self, time: Duration) {
-        let waited = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.waited_ns.fetch_add(waited, Ordering::Relaxed);
+    /// How long lanes waited for the link.
+    pub(super) const fn link_waits(&self) -> &LinkWaits {
+        &self.link_waits
     }
 
     /// A frame goes.
