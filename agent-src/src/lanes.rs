@@ -364,14 +364,13 @@ impl Worker {
             elsewhere,
         });
         let encoded = self.encoder.encode_filled(blocks, effort, before)?;
-        if let Some(time) = encoded.compress_time {
+        if let Some(spent) = encoded.spent {
             let policy = &mut self.counters.compress().0;
             match encoded.encoding {
-                Encoding::Zstd => {
-                    policy.on_compressed(encoded.raw_len, encoded.payload.len(), time);
+                Encoding::Zstd | Encoding::Raw => {
+                    policy.on_compressed(encoded.raw_len, encoded.payload.len(), spent);
                 }
-                Encoding::Raw => policy.on_incompressible(time),
-                Encoding::Difference | Encoding::Duplicate => policy.on_referring(time),
+                Encoding::Difference | Encoding::Duplicate => policy.on_referring(spent),
             }
         }
         Ok(encoded)

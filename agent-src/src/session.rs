@@ -246,10 +246,21 @@ impl Session {
             let opened = LaneSender::open(connection, self.header, lane, &self.peer).await;
             senders.push(opened.map_err(|error| LinkError::Lane(error.into()))?);
         }
+        counters.open(self.rtt());
         let features = &self.welcome.features;
         let lanes = Lanes::start(senders, pacer, counters, features, blocks, &self.failures);
         self.lanes = Some(lanes);
         Ok(())
+    }
+
+    /// Bytes that its connections have sent.
+    #[must_use]
+    pub fn sent_bytes(&self) -> u64 {
+        let further = self.further.iter().map(|link| &link.connection);
+        std::iter::once(&self.connection)
+            .chain(further)
+            .map(|connection| connection.stats().udp_tx.bytes)
+            .sum()
     }
 
     /// Lane `l` is on connection `l mod connections` (`[WIRE-13]`).

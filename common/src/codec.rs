@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use vmferry_proto::error::{ErrorCode, WireError};
@@ -17,7 +16,7 @@ use vmferry_proto::ids::FrameSeq;
 use vmferry_proto::limits::MAX_FRAME_BLOCKS;
 use vmferry_proto::spec::RegionKind;
 
-use crate::compress::Effort;
+use crate::compress::{Effort, Spent};
 use crate::digest::{self, PlainDigest};
 use crate::duplicates::Duplicates;
 use crate::kept::{self, KeptBlocks};
@@ -26,10 +25,12 @@ use crate::sent::{SentBlocks, SentWindow};
 mod decode;
 mod duplicate;
 mod press;
+mod spent;
 
 pub use decode::{Decoder, check_raw};
 pub use press::EncoderPool;
 use press::Press;
+use spent::Started;
 
 /// What all blocks are compared with.
 static ZERO_BLOCK: [u8; BLOCK_SIZE as usize] = [0; BLOCK_SIZE as usize];
@@ -121,8 +122,8 @@ pub struct Encoded {
     pub digest: u128,
     /// The payload.
     pub payload: Bytes,
-    /// Time that compression took; `None` where none was tried.
-    pub compress_time: Option<Duration>,
+    /// What compression took; `None` where none was tried.
+    pub spent: Option<Spent>,
 }
 
 impl Encoded {
@@ -281,7 +282,7 @@ impl Encoder {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
-        let started = Instant::now();
+        let started = Started::now();
         let effort = effort.filter(|_| !self.raw.is_empty());
         let level = self.level_of(effort)?;
         let kept = kept.map(|kept| KeptBefore {
@@ -306,7 +307,7 @@ impl Encoder {
             }
         };
         let tried = effort.is_some() || !by_reference.is_empty();
-        let compress_time = tried.then(|| started.elapsed());
+        let spent = tried.then(|| started.spent());
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
             drop(self.pool.buffers.lend(std::mem::take(&mut self.raw)));
@@ -321,7 +322,7 @@ impl Encoder {
             raw_len,
             digest,
             payload,
-            compress_time,
+            spent,
         })
     }
 
@@ -733,7 +734,7 @@ mod tests {
         let mut encoder = Encoder::new();
         let random = encoder.encode(&blocks, Some(3)).unwrap();
         assert_eq!(random.encoding, Encoding::Raw);
-        assert!(random.compress_time.is_some());
+        assert!(random.spent.is_some());
         let zeros = vec![0; bytes.len()];
         blocks.bytes = &zeros;
         let zero = encoder.encode(&blocks, Some(3)).unwrap();

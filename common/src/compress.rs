@@ -1,12 +1,15 @@
 //! The policy of `--compress`: whether the next frame is compressed, and how hard.
 //!
-//! Owns the decision, as a pure machine fed with what was measured; it reads no clock. `auto` begins with the
-//! fastest level, goes up while the link is the bottleneck and cores are free, and down while the cores are. Raw is the yardstick:
-//! a stretch is sent raw where compression may be what holds the copy up, and now and then otherwise, and what carries fewer guest
-//! bytes per second than raw is turned off. A fast copy may be over within the second, so such a stretch comes at its very
-//! beginning, where compression keeps the cores busy, and none is longer than it takes to see which of both is better: whether
-//! senders wait does not tell, since busy cores let them wait as a full link does. Whether a frame's content shrinks at all is asked
-//! of a sample of it: see [`Effort`].
+//! Owns the decision, as a pure machine fed with what was measured; it reads no clock. `auto` takes the fastest level first, goes up
+//! while the link is the bottleneck and cores are free, and down while the cores are. Raw is the yardstick: a stretch is sent raw
+//! where compression may be what holds the copy up, and now and then otherwise, and what carries fewer guest bytes per second than
+//! raw is turned off.
+//!
+//! A copy over a short path may be over within the second, and what both carry over some hundredths of one differs by more than they
+//! do: it begins raw, so that the path's model grows to what raw needs, with some of the first frames compressed, and goes on
+//! compressed where the cores suffice for what the line carries. Over a long path the link is what is short until the start-up is
+//! over: the copy begins compressed, and raw is looked at as soon as that keeps the cores busy. Whether a frame's content shrinks at
+//! all is asked of a sample of it: see [`Effort`].
 
 use std::time::Duration;
 
@@ -15,42 +18,49 @@ mod mode;
 #[cfg(test)]
 mod tests;
 
-pub use measure::Interval;
-use measure::{Carried, STRETCH, Stretch, as_f64};
+use measure::{Carried, Mean, SHORT_STRETCH, STRETCH, Stretch, as_f64};
+pub use measure::{Interval, Spent};
 pub use mode::{CompressMode, CompressModeError};
 
 /// What `auto` climbs. The first has nearly the ratio of the second in less time, which counts where the cores are the bottleneck.
 const LADDER: [i32; 5] = [-1, 1, 3, 6, 9];
-/// Time that a byte takes at the next rung to what it takes at this one, roughly; what it really takes is measured there.
-const STEEPNESS: f64 = 2.5;
+/// Time that a byte takes at each rung to what it takes at the first, by `zstd -b` over the memory of a Linux guest: which of them may
+/// be tried; what it really takes is measured there.
+const COST: [f64; LADDER.len()] = [1.0, 1.2, 1.7, 5.5, 7.6];
 /// Share of all workers' time that compression may take where it went up: the guests of this host want the cores too.
 const MOST_SHARE: f64 = 0.4;
-/// Share up to which compression is no reason for a slow copy.
+/// Share up to which compression is no reason for a slow copy: no level is tried that would take more.
 const HARMLESS_SHARE: f64 = 0.25;
 /// While raw, one frame of this many is compressed to see what it would come to.
 const PROBE_EVERY: u64 = 64;
+/// So many frames tell of those to come.
+const TELLING: f64 = 4.0;
 /// Below this ratio compression is not worth the peer's time.
 const MIN_RATIO: f64 = 1.1;
 /// Expected gain at which compression is turned on; off needs no gain, so that it does not flap.
 const GAIN_ON: f64 = 1.15;
+/// In the opening compression is taken where all cores together would compress so many times what the line carries: transport, reader
+/// and guest want them too, and where two cores have to do for all of them and the destination both carry the same at about that.
+const ENOUGH: f64 = 2.8;
+/// The same before the line's rate is well known.
+const AMPLE: f64 = 5.0;
 /// What raw has to gain to be better: less on the wire is worth something too.
 const GAIN_RAW: f64 = 1.05;
 /// Share of an interval for which senders waited for the link, from which on the link is the bottleneck.
 const LINK_BOUND: f64 = 0.3;
 /// The same from which on a higher level is tried.
 const LINK_BOUND_WELL: f64 = 0.6;
-/// Weight of the newest measurement in a running mean.
-const NEWEST: f64 = 0.25;
-/// What is not better raw after this time is not so: before, the last compressed frames are still on their way, and only what is
-/// [`CLEARLY_LESS`] is believed.
+/// What is clearly not better raw after this time is not so: before, the path's model grows to what is raw.
 const LEAST_LOOK: Duration = Duration::from_millis(45);
 /// What is better raw has to be so for this long.
 const LOOK: Duration = Duration::from_millis(120);
-/// Compression that is tried again is left after this time where it carries [`CLEARLY_LESS`].
-const TRIAL: Duration = Duration::from_millis(90);
-/// Part of what the other one carries that no burst explains.
-const CLEARLY_LESS: f64 = 0.8;
-/// Intervals of the opening, the first of which has the copy's beginning in it.
+/// What one carries of what the other does where no burst explains it.
+const CLEARLY_MORE: f64 = 1.3;
+/// Compression that is tried is judged after this time.
+const TRIAL: Duration = Duration::from_millis(65);
+/// Round-trip time up to which a path's start-up is over when its first look at raw is.
+const SHORT_PATH: Duration = Duration::from_millis(2);
+/// Intervals of the opening over a long path.
 const OPENING: u32 = 20;
 /// After compression slowed the copy it is tried again after this time, then twice as long, and so on.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
@@ -96,12 +106,14 @@ impl From<i32> for Effort {
 enum Stage {
     /// At this rung of the ladder.
     Packed(usize),
-    /// At the lowest one, to see whether it has become better than raw.
-    Trial,
+    /// At the lowest one, to see whether that carries less than raw did: guest bytes per second.
+    Trial { raw: f64 },
     /// As they are.
     Raw,
-    /// As they are, for a stretch, to see whether that carries more than what the rung did.
+    /// As they are, for a stretch, to see whether that carries more than what the rung did: guest bytes per second.
     Yardstick { rung: usize, packed: f64 },
+    /// As they are but for some of the first, to see what the line carries and what compression takes.
+    Opening,
 }
 
 /// Decides for every frame whether it is compressed, and at which level.
@@ -111,14 +123,16 @@ pub struct CompressPolicy {
     workers: f64,
     frames: u64,
     stage: Stage,
-    /// Guest bytes per byte on the wire, of what was tried.
-    ratio: Option<f64>,
-    /// Guest bytes that one worker compresses per second at the present level.
-    speed: Option<f64>,
+    /// What a guest byte comes to, of frames that were to be compressed.
+    shrunk: Mean,
+    /// Seconds of a core that this takes for a guest byte at the present level.
+    cost: Mean,
     /// Time spent compressing since the last report, by all workers.
     packing: Duration,
     /// What happened since the last judgement.
     stretch: Stretch,
+    /// Whether the present interval began before the stage did.
+    partial: bool,
     /// Intervals in which something was sent, up to [`OPENING`], or that when raw was looked at.
     opening: u32,
     /// Guest bytes per second reached raw.
@@ -132,8 +146,8 @@ pub struct CompressPolicy {
     climb_after: Duration,
     /// What went over the wire in this stage lately.
     carried: Carried,
-    /// Bytes per second at the level below, if that was left for this one.
-    carried_below: f64,
+    /// A lower level that was left for a higher one, and bytes per second there.
+    below: Option<(usize, f64)>,
 }
 
 impl CompressPolicy {
@@ -145,10 +159,11 @@ impl CompressPolicy {
             workers: f64::from(workers.max(1)),
             frames: 0,
             stage: Stage::Packed(0),
-            ratio: None,
-            speed: None,
+            shrunk: Mean::default(),
+            cost: Mean::default(),
             packing: Duration::ZERO,
             stretch: Stretch::default(),
+            partial: true,
             opening: 0,
             raw_goodput: None,
             looked: Duration::ZERO,
@@ -158,7 +173,15 @@ impl CompressPolicy {
             pause: FIRST_PAUSE,
             climb_after: Duration::ZERO,
             carried: Carried::default(),
-            carried_below: 0.0,
+            below: None,
+        }
+    }
+
+    /// A session begins over a path of this round-trip time. Only the copy's first one matters.
+    pub fn open(&mut self, rtt: Duration) {
+        if self.frames == 0 && rtt <= SHORT_PATH {
+            self.opening = OPENING;
+            self.stage = Stage::Opening;
         }
     }
 
@@ -174,13 +197,13 @@ impl CompressPolicy {
         match self.mode {
             CompressMode::Off => false,
             CompressMode::Level(_) => true,
-            CompressMode::Auto => matches!(self.stage, Stage::Packed(_) | Stage::Trial),
+            CompressMode::Auto => matches!(self.stage, Stage::Packed(_) | Stage::Trial { .. }),
         }
     }
 
-    /// A frame went as differences or with duplicates, which took this time. How much smaller it got says nothing of other content.
-    pub fn on_referring(&mut self, time: Duration) {
-        self.packing += time;
+    /// A frame went as differences or with duplicates, which took this. How much smaller it got says nothing of other content.
+    pub fn on_referring(&mut self, spent: Spent) {
+        self.packing += spent.elapsed;
     }
 
     /// How the next frame is compressed, or `None` for raw.
@@ -192,8 +215,9 @@ impl CompressPolicy {
                 self.frames += 1;
                 match self.stage {
                     Stage::Packed(rung) => LADDER.get(rung).copied(),
-                    Stage::Trial => Some(LADDER[0]),
+                    Stage::Trial { .. } => Some(LADDER[0]),
                     Stage::Raw => (self.frames % PROBE_EVERY == 1).then_some(LADDER[0]),
+                    Stage::Opening => (self.partial && self.frames % 2 == 1).then_some(LADDER[0]),
                     Stage::Yardstick { .. } => None,
                 }
             }
@@ -204,23 +228,15 @@ impl CompressPolicy {
         })
     }
 
-    /// A frame was compressed: guest bytes, bytes of its payload, time it took. Frames sent raw by decision are not told.
-    pub fn on_compressed(&mut self, raw: u32, payload: usize, time: Duration) {
-        if raw == 0 || payload == 0 {
-            return;
+    /// A frame was to be compressed: guest bytes, bytes of its payload, and what it took to compress it or to see that it does not
+    /// shrink. Frames sent raw by decision are not told.
+    pub fn on_compressed(&mut self, raw: u32, payload: usize, spent: Spent) {
+        self.packing += spent.elapsed;
+        if raw > 0 {
+            let raw = f64::from(raw);
+            self.shrunk.add(as_f64(payload as u64) / raw);
+            self.cost.add(spent.cpu.as_secs_f64() / raw);
         }
-        let raw = f64::from(raw);
-        mean(&mut self.ratio, raw / as_f64(payload as u64));
-        self.packing += time;
-        if !time.is_zero() {
-            mean(&mut self.speed, raw / time.as_secs_f64());
-        }
-    }
-
-    /// A frame was to be compressed and goes raw, as it does not shrink, which took this time to see.
-    pub fn on_incompressible(&mut self, time: Duration) {
-        mean(&mut self.ratio, 1.0);
-        self.packing += time;
     }
 
     /// Some time has passed; `now` is any clock that does not go back. Best called every 25 ms.
@@ -238,36 +254,45 @@ impl CompressPolicy {
             }
             return;
         }
-        if self.opens_with_doubt() {
-            let packed = self.stretch.goodput();
-            self.change(Stage::Yardstick { rung: 0, packed });
+        if std::mem::take(&mut self.partial) {
+            self.stretch = Stretch::default();
             return;
         }
         match self.stage {
+            Stage::Opening => self.judge_opening(now),
             Stage::Yardstick { rung, packed } => self.judge_yardstick(now, rung, packed),
-            Stage::Trial => self.judge_trial(now),
-            Stage::Raw | Stage::Packed(_) if complete => self.judge(now),
-            Stage::Raw | Stage::Packed(_) => {}
+            Stage::Trial { raw } => self.judge_trial(now, raw),
+            Stage::Raw | Stage::Packed(_) if self.is_doubtful() => {
+                self.opening = OPENING;
+                let packed = self.stretch.carried();
+                self.change(Stage::Yardstick { rung: 0, packed });
+            }
+            Stage::Raw | Stage::Packed(_) => {
+                self.opening = self.opening.saturating_add(1);
+                if complete {
+                    self.judge(now);
+                }
+            }
         }
     }
 
     /// Whether compression keeps the cores busy in the opening of a copy.
-    fn opens_with_doubt(&mut self) -> bool {
-        if self.opening >= OPENING {
-            return false;
-        }
-        self.opening += 1;
-        if self.opening == 1 {
-            // The copy began in the middle of this interval.
-            self.stretch = Stretch::default();
-            return false;
-        }
-        let busy = self.stretch.share(self.workers) > HARMLESS_SHARE;
-        let doubtful = busy && self.stretch.is_conclusive();
-        if doubtful {
-            self.opening = OPENING;
-        }
-        doubtful
+    fn is_doubtful(&self) -> bool {
+        self.opening < OPENING
+            && self.stretch.share(self.workers) > HARMLESS_SHARE
+            && self.stretch.is_conclusive()
+    }
+
+    /// Guest bytes per byte on the wire.
+    fn ratio(&self) -> Option<f64> {
+        self.shrunk.get().map(f64::recip)
+    }
+
+    /// Whether all cores would compress so many `times` what a line carries raw, and what frames there were shrink.
+    fn has_cores_for(&self, line: f64, times: f64) -> bool {
+        let shrinks = self.ratio().is_none_or(|ratio| ratio >= MIN_RATIO);
+        let cost = self.cost.get().unwrap_or_default();
+        (shrinks || self.shrunk.frames < TELLING) && line * times * cost <= self.workers
     }
 
     /// Judges a stretch of a stage that lasts.
@@ -293,43 +318,54 @@ impl CompressPolicy {
         }
         let goodput = stretch.goodput();
         self.look(now, goodput);
-        let (Some(ratio), Some(speed)) = (self.ratio, self.speed) else {
+        let (Some(ratio), Some(cost)) = (self.ratio(), self.cost.get()) else {
             return;
         };
-        let expected = (goodput * ratio).min(speed * self.workers);
+        let expected = (goodput * ratio).min(self.workers / cost);
         if now >= self.paused_until && ratio >= MIN_RATIO && expected >= goodput * GAIN_ON {
-            self.change(Stage::Trial);
+            self.change(Stage::Trial { raw: goodput });
+        }
+    }
+
+    fn judge_opening(&mut self, now: Duration) {
+        if !self.stretch.lasts(SHORT_STRETCH) {
+            return;
+        }
+        let raw = self.stretch.line();
+        let done = self.stretch.lasts(LOOK);
+        if self.has_cores_for(raw, if done { ENOUGH } else { AMPLE }) {
+            self.looked = now;
+            self.change(Stage::Trial { raw });
+        } else if done {
+            self.look(now, raw);
+            self.rest(now);
         }
     }
 
     fn judge_yardstick(&mut self, now: Duration, rung: usize, packed: f64) {
-        let goodput = self.stretch.goodput();
-        let clear = self.stretch.lasts(LEAST_LOOK) || goodput < packed * CLEARLY_LESS;
-        if !clear || !self.stretch.is_conclusive() {
+        let line = self.stretch.line();
+        let clear = self.stretch.lasts(LEAST_LOOK) && line * CLEARLY_MORE < packed;
+        if !clear && !self.stretch.lasts(LOOK) {
             return;
         }
-        if goodput > packed * GAIN_RAW {
-            if self.stretch.lasts(LOOK) {
-                self.look(now, goodput);
-                self.rest(now);
-            }
-            return;
+        if line <= packed * GAIN_RAW {
+            // So short a look tells which of both is better, and not how much raw carries.
+            self.raw_goodput = None;
+            self.looked = now;
+            self.pause = FIRST_PAUSE;
+            self.memory = (self.memory * 2).min(MAX_RAW_MEMORY);
+            self.change(Stage::Packed(rung));
+        } else {
+            self.look(now, line);
+            self.rest(now);
         }
-        // So short a look tells which of both is better, and not what raw carries: a burst is in it.
-        self.raw_goodput = None;
-        self.looked = now;
-        self.pause = FIRST_PAUSE;
-        self.memory = (self.memory * 2).min(MAX_RAW_MEMORY);
-        self.change(Stage::Packed(rung));
     }
 
-    fn judge_trial(&mut self, now: Duration) {
-        let stretch = &self.stretch;
-        if !stretch.lasts(TRIAL) || !stretch.is_conclusive() {
+    fn judge_trial(&mut self, now: Duration, raw: f64) {
+        if !self.stretch.lasts(TRIAL) || !self.stretch.is_conclusive() {
             return;
         }
-        let less = |raw: f64| stretch.goodput() < raw * CLEARLY_LESS;
-        if self.raw_goodput.is_some_and(less) {
+        if self.stretch.carried() * CLEARLY_MORE < raw {
             self.rest(now);
         } else {
             self.stage = Stage::Packed(0);
@@ -351,14 +387,18 @@ impl CompressPolicy {
         // Where the guest has little to send nothing is to be learned.
         let held_up = link_wait >= LINK_BOUND || share > HARMLESS_SHARE;
         let slower = fresh && held_up && self.raw_goodput.is_some_and(|raw| goodput < raw);
-        let starves = carried.is_some_and(|now| now < self.carried_below * LEAST_CARRIED);
+        let starves = carried
+            .zip(self.below)
+            .is_some_and(|(now, (_, before))| now < before * LEAST_CARRIED);
         let too_high = share > MOST_SHARE || link_wait < LINK_BOUND || slower || starves;
         // Senders that wait for the link would do so the more with everything raw.
         let suspect = link_wait < LINK_BOUND && share > HARMLESS_SHARE;
         let due = now.saturating_sub(self.looked) > self.memory / SUSPECTED;
         if rung > 0 && too_high {
             self.climb_after = now.saturating_add(CLIMB_PAUSE);
+            let below = self.below.filter(|(below, _)| below + 1 < rung);
             self.change(Stage::Packed(rung - 1));
+            self.below = below;
         } else if slower {
             self.rest(now);
         } else if (held_up && !fresh) || (suspect && due) {
@@ -366,13 +406,12 @@ impl CompressPolicy {
             self.change(Stage::Yardstick { rung, packed });
         } else if let Some(carried) = carried
             && link_wait >= LINK_BOUND_WELL
-            && self.ratio.is_some_and(|ratio| ratio >= MIN_RATIO)
-            && rung + 1 < LADDER.len()
-            && share * STEEPNESS <= MOST_SHARE
+            && self.ratio().is_some_and(|ratio| ratio >= MIN_RATIO)
             && now >= self.climb_after
+            && let Some(higher) = highest_harmless(rung, share)
         {
-            self.change(Stage::Packed(rung + 1));
-            self.carried_below = carried;
+            self.change(Stage::Packed(higher));
+            self.below = Some((rung, carried));
         }
     }
 
@@ -391,21 +430,24 @@ impl CompressPolicy {
     }
 
     fn change(&mut self, stage: Stage) {
-        // Speed is that of a level: the lowest one's is kept for the time without compression.
-        if matches!(stage, Stage::Packed(_) | Stage::Trial) {
-            self.speed = None;
+        tracing::debug!(from = ?self.stage, to = ?stage, "frames are compressed in another way");
+        // What it takes is that of a level: the lowest one's is kept for the time without compression.
+        if matches!(stage, Stage::Packed(_) | Stage::Trial { .. }) {
+            self.cost = Mean::default();
         }
+        self.partial = matches!(stage, Stage::Yardstick { .. } | Stage::Trial { .. });
         self.stage = stage;
         self.stretches_in_stage = 0;
         self.stretch = Stretch::default();
         self.carried = Carried::default();
-        self.carried_below = 0.0;
+        self.below = None;
     }
 }
 
-fn mean(slot: &mut Option<f64>, newest: f64) {
-    *slot = Some(match *slot {
-        Some(old) => old + (newest - old) * NEWEST,
-        None => newest,
-    });
+/// The highest rung above this one at which compression would not take too much, where it takes this share here.
+fn highest_harmless(rung: usize, share: f64) -> Option<usize> {
+    let harmless = |cost: &f64| share * cost / COST[rung] <= HARMLESS_SHARE;
+    COST.iter()
+        .rposition(harmless)
+        .filter(|higher| *higher > rung)
 }

@@ -36,6 +36,7 @@ pub(super) struct Mark {
     at: Duration,
     raw_bytes: u64,
     wire_bytes: u64,
+    sent_bytes: u64,
     waited: Duration,
 }
 
@@ -58,12 +59,21 @@ impl LaneCounters {
         }
     }
 
-    /// Tells the compression policy what happened since the last call, with `lanes` lanes at work.
-    pub fn tick(&self, lanes: usize) {
+    /// A session begins over a path of this round-trip time.
+    pub fn open(&self, rtt: Duration) {
+        let (policy, last) = &mut *self.compress();
+        policy.open(rtt);
+        last.sent_bytes = 0;
+    }
+
+    /// Tells the compression policy what happened since the last call, with `lanes` lanes at work and `sent_bytes` sent by the
+    /// session's connections.
+    pub fn tick(&self, lanes: usize, sent_bytes: u64) {
         let now = Mark {
             at: self.began.elapsed(),
             raw_bytes: self.raw_bytes.load(Ordering::Relaxed),
             wire_bytes: self.wire(),
+            sent_bytes,
             waited: self.link_waits.total(),
         };
         let mut compress = self.compress();
@@ -75,6 +85,7 @@ impl LaneCounters {
             elapsed,
             raw_bytes: now.raw_bytes - last.raw_bytes,
             wire_bytes: now.wire_bytes - last.wire_bytes,
+            sent_bytes: now.sent_bytes.saturating_sub(last.sent_bytes),
             link_wait: if lane_time > 0.0 {
                 (waited / lane_time).min(1.0)
             } else {

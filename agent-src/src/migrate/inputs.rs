@@ -149,7 +149,8 @@ impl Migration {
             Ready::Deadline if self.handover.is_in_doubt() => Some(Input::Leave),
             Ready::Deadline => Some(Input::Deadline),
             Ready::Tick => {
-                self.counters.tick(usize::from(self.options.lanes));
+                let sent = self.session.as_ref().map_or(0, Session::sent_bytes);
+                self.counters.tick(usize::from(self.options.lanes), sent);
                 self.show();
                 None
             }

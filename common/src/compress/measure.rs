@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+/// Frames in a running mean: some shrink to a tenth, and some not at all.
+const MEAN_OF: f64 = 8.0;
 /// A stage is judged by stretches of this length.
 pub(super) const STRETCH: Duration = Duration::from_millis(190);
 /// A comparison with raw is judged as soon as it took this long and carried [`CONCLUSIVE`] guest bytes, or at the end of a stretch.
-const SHORT_STRETCH: Duration = Duration::from_millis(20);
+pub(super) const SHORT_STRETCH: Duration = Duration::from_millis(20);
 /// Some frames: they are counted whole, as they are handed over.
 const CONCLUSIVE: u64 = 2 << 20;
 /// What was carried longer ago than this counts half.
@@ -20,6 +22,8 @@ pub struct Interval {
     pub raw_bytes: u64,
     /// Bytes of headers and payloads that became of them.
     pub wire_bytes: u64,
+    /// Bytes that the transport sent: what was handed over may wait in its buffers.
+    pub sent_bytes: u64,
     /// Share of the time for which the senders waited for the transport or the bandwidth limit: 0 to 1.
     pub link_wait: f64,
 }
@@ -30,6 +34,7 @@ pub(super) struct Stretch {
     elapsed: f64,
     pub(super) raw_bytes: u64,
     wire_bytes: u64,
+    sent_bytes: u64,
     waited: f64,
     /// Time spent compressing, by all workers.
     packing: f64,
@@ -41,6 +46,7 @@ impl Stretch {
         self.elapsed += elapsed;
         self.raw_bytes += interval.raw_bytes;
         self.wire_bytes += interval.wire_bytes;
+        self.sent_bytes += interval.sent_bytes;
         self.waited += interval.link_wait * elapsed;
         self.packing += packing.as_secs_f64();
     }
@@ -48,6 +54,16 @@ impl Stretch {
     /// Guest bytes per second.
     pub(super) fn goodput(&self) -> f64 {
         as_f64(self.raw_bytes) / self.elapsed
+    }
+
+    /// Bytes per second on the wire, which is what a raw copy carries: buffers that fill up are none of it.
+    pub(super) fn line(&self) -> f64 {
+        as_f64(self.sent_bytes.min(self.wire_bytes)) / self.elapsed
+    }
+
+    /// Guest bytes per second without those that only filled buffers.
+    pub(super) fn carried(&self) -> f64 {
+        self.line() * as_f64(self.raw_bytes) / as_f64(self.wire_bytes.max(1))
     }
 
     /// Share of the time for which senders waited.
@@ -89,6 +105,44 @@ impl Carried {
 
     pub(super) fn rate(&self) -> f64 {
         self.bytes / self.elapsed
+    }
+}
+
+/// Of the last [`MEAN_OF`] frames, roughly.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Mean {
+    pub(super) frames: f64,
+    value: f64,
+}
+
+impl Mean {
+    pub(super) fn add(&mut self, newest: f64) {
+        self.frames = (self.frames + 1.0).min(MEAN_OF);
+        self.value += (newest - self.value) / self.frames;
+    }
+
+    pub(super) fn get(&self) -> Option<f64> {
+        (self.frames > 0.0).then_some(self.value)
+    }
+}
+
+/// What it took to compress a frame.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// By the clock: the longer the more others want the cores.
+    pub elapsed: Duration,
+    /// Of a core.
+    pub cpu: Duration,
+}
+
+impl Spent {
+    /// Of a thread that was not disturbed.
+    #[cfg(test)]
+    pub(super) const fn alone(time: Duration) -> Self {
+        Self {
+            elapsed: time,
+            cpu: time,
+        }
     }
 }
 
