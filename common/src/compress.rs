@@ -44,6 +44,10 @@ const GAIN_ON: f64 = 1.15;
 const ENOUGH: f64 = 2.8;
 /// The same before the line's rate is well known.
 const AMPLE: f64 = 5.0;
+/// The first frames find contexts and caches cold, and take up to so many times what later ones do.
+const COLD: f64 = 2.0;
+/// Seconds of a core that the lowest level takes for a byte on the processors of these years: what takes no longer is not cold.
+const USUAL_COST: f64 = 2.0e-9;
 /// What raw has to gain to be better: less on the wire is worth something too.
 const GAIN_RAW: f64 = 1.05;
 /// Share of an interval for which senders waited for the link, from which on the link is the bottleneck.
@@ -288,11 +292,10 @@ impl CompressPolicy {
         self.shrunk.get().map(f64::recip)
     }
 
-    /// Whether all cores would compress so many `times` what a line carries raw, and what frames there were shrink.
-    fn has_cores_for(&self, line: f64, times: f64) -> bool {
-        let shrinks = self.ratio().is_none_or(|ratio| ratio >= MIN_RATIO);
-        let cost = self.cost.get().unwrap_or_default();
-        (shrinks || self.shrunk.frames < TELLING) && line * times * cost <= self.workers
+    /// Whether frames shrink, or too few are known.
+    fn may_shrink(&self) -> bool {
+        let shrink = self.ratio().is_none_or(|ratio| ratio >= MIN_RATIO);
+        shrink || self.shrunk.frames < TELLING
     }
 
     /// Judges a stretch of a stage that lasts.
@@ -333,7 +336,14 @@ impl CompressPolicy {
         }
         let raw = self.stretch.line();
         let done = self.stretch.lasts(LOOK);
-        if self.has_cores_for(raw, if done { ENOUGH } else { AMPLE }) {
+        let cost = self.cost.get().unwrap_or_default();
+        let warm = (cost / COLD).max(USUAL_COST).min(cost);
+        let cores = if done {
+            raw * ENOUGH * cost
+        } else {
+            raw * AMPLE * warm
+        };
+        if self.may_shrink() && cores <= self.workers {
             self.looked = now;
             self.change(Stage::Trial { raw });
         } else if done {

@@ -135,17 +135,6 @@ pub struct Spent {
     pub cpu: Duration,
 }
 
-impl Spent {
-    /// Of a thread that was not disturbed.
-    #[cfg(test)]
-    pub(super) const fn alone(time: Duration) -> Self {
-        Self {
-            elapsed: time,
-            cpu: time,
-        }
-    }
-}
-
 #[allow(
     clippy::cast_precision_loss,
     reason = "rates are estimates; 2^53 bytes are far above any interval"

@@ -5,6 +5,14 @@ const STEP: Duration = Duration::from_millis(25);
 const MB: u64 = 1_000_000;
 const FRAME: u32 = 524_288;
 
+/// What a frame takes of a thread that nobody disturbs.
+const fn alone(time: Duration) -> Spent {
+    Spent {
+        elapsed: time,
+        cpu: time,
+    }
+}
+
 /// A world with a link, a compressor and a guest, run for some steps.
 struct World {
     /// Bytes per second on the wire.
@@ -86,7 +94,7 @@ impl World {
                 time /= 32.0;
             }
             let bytes = usize::try_from(payload).unwrap();
-            let spent = Spent::alone(Duration::from_secs_f64(time));
+            let spent = alone(Duration::from_secs_f64(time));
             self.policy.on_compressed(FRAME, bytes, spent);
             work.packing += time;
             came.packed += 1;
@@ -223,7 +231,7 @@ fn a_guest_with_little_to_send_is_no_reason_to_go_raw() {
         assert!(world.policy.next_effort().is_some());
         world
             .policy
-            .on_compressed(FRAME, 200_000, Spent::alone(Duration::from_millis(1)));
+            .on_compressed(FRAME, 200_000, alone(Duration::from_millis(1)));
         world.now += STEP;
         let interval = Interval {
             elapsed: STEP,
@@ -262,7 +270,7 @@ fn what_slows_the_copy_turns_itself_off_and_is_tried_ever_more_rarely() {
         let mut on = 0;
         for _ in 0..8 {
             if policy.next_effort().is_some() {
-                let spent = Spent::alone(Duration::from_micros(1200));
+                let spent = alone(Duration::from_micros(1200));
                 policy.on_compressed(FRAME, 131_072, spent);
                 on += 1;
             }
@@ -293,7 +301,7 @@ fn a_level_that_starves_the_link_is_left_though_senders_wait() {
         let level = policy.next_effort().unwrap().level;
         // The third rung would be harmless, the fourth not.
         let cost = if level > 1 { 3400 } else { 2000 };
-        let spent = Spent::alone(Duration::from_micros(cost));
+        let spent = alone(Duration::from_micros(cost));
         policy.on_compressed(FRAME, 131_072, spent);
         if levels.last() != Some(&level) {
             levels.push(level);
@@ -366,7 +374,7 @@ fn buffers_that_fill_up_are_no_reason_to_go_raw() {
         let packed = policy.next_effort().is_some();
         let shrunk = usize::try_from(FRAME / 2).unwrap();
         if packed {
-            policy.on_compressed(FRAME, shrunk, Spent::alone(Duration::from_millis(15)));
+            policy.on_compressed(FRAME, shrunk, alone(Duration::from_millis(15)));
         }
         now += STEP;
         // A line of 100 MB/s, of which buffers take three times as much for a while after each change.
