@@ -256,11 +256,14 @@ impl Session {
     /// Bytes that its connections have sent.
     #[must_use]
     pub fn sent_bytes(&self) -> u64 {
+        let sent = |connection: &Connection| connection.stats().udp_tx.bytes;
+        self.connections().map(sent).sum()
+    }
+
+    /// All connections, the one with the control stream last.
+    fn connections(&self) -> impl Iterator<Item = &Connection> {
         let further = self.further.iter().map(|link| &link.connection);
-        std::iter::once(&self.connection)
-            .chain(further)
-            .map(|connection| connection.stats().udp_tx.bytes)
-            .sum()
+        further.chain(std::iter::once(&self.connection))
     }
 
     /// Lane `l` is on connection `l mod connections` (`[WIRE-13]`).
@@ -355,10 +358,9 @@ impl Session {
         // The peer ends its side once it has read everything; a peer that does not is not waited for.
         let drained = async { while let Ok(Some(_late)) = self.receiver.recv().await {} };
         let _ = tokio::time::timeout(Duration::from_millis(500), drained).await;
-        for link in &self.further {
-            link.connection.close(0u32.into(), b"done");
+        for connection in self.connections() {
+            connection.close(0u32.into(), b"done");
         }
-        self.connection.close(0u32.into(), b"done");
         // Time for the word to leave; the destination does without if it is lost, and nobody here has to answer it again.
         let idle = self.endpoint.wait_idle();
         let _ = tokio::time::timeout(Duration::from_millis(2), idle).await;

@@ -217,9 +217,8 @@ impl Drop for Reserved {
 mod tests {
     use super::*;
 
-    use std::time::Instant;
-
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Instant;
 
     const FRAME: u64 = MAX_FRAME_PAYLOAD as u64;
 

@@ -137,7 +137,7 @@ pub struct CompressPolicy {
     stretch: Stretch,
     /// Whether the present interval began before the stage did.
     partial: bool,
-    /// Intervals in which something was sent, up to [`OPENING`], or that when raw was looked at.
+    /// Intervals in which something was sent; no fewer than [`OPENING`] once raw was looked at.
     opening: u32,
     /// Guest bytes per second reached raw.
     raw_goodput: Option<f64>,
@@ -338,11 +338,7 @@ impl CompressPolicy {
         let done = self.stretch.lasts(LOOK);
         let cost = self.cost.get().unwrap_or_default();
         let warm = (cost / COLD).max(USUAL_COST).min(cost);
-        let cores = if done {
-            raw * ENOUGH * cost
-        } else {
-            raw * AMPLE * warm
-        };
+        let cores = raw * if done { ENOUGH * cost } else { AMPLE * warm };
         if self.may_shrink() && cores <= self.workers {
             self.looked = now;
             self.change(Stage::Trial { raw });

@@ -6,7 +6,7 @@ use std::time::Duration;
 const MEAN_OF: f64 = 8.0;
 /// A stage is judged by stretches of this length.
 pub(super) const STRETCH: Duration = Duration::from_millis(190);
-/// A comparison with raw is judged as soon as it took this long and carried [`CONCLUSIVE`] guest bytes, or at the end of a stretch.
+/// The shortest time that says something; a comparison also takes [`CONCLUSIVE`] guest bytes, or a whole stretch.
 pub(super) const SHORT_STRETCH: Duration = Duration::from_millis(20);
 /// Some frames: they are counted whole, as they are handed over.
 const CONCLUSIVE: u64 = 2 << 20;
