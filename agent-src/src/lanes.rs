@@ -364,13 +364,11 @@ impl Worker {
             elsewhere,
         });
         let encoded = self.encoder.encode_filled(blocks, effort, before)?;
-        if let Some(spent) = encoded.spent {
+        if let Some(tried) = &encoded.tried {
             let policy = &mut self.counters.compress().0;
             match encoded.encoding {
-                Encoding::Zstd | Encoding::Raw => {
-                    policy.on_compressed(encoded.raw_len, encoded.payload.len(), spent);
-                }
-                Encoding::Difference | Encoding::Duplicate => policy.on_referring(spent),
+                Encoding::Zstd | Encoding::Raw => policy.on_compressed(tried),
+                Encoding::Difference | Encoding::Duplicate => policy.on_referring(tried.spent),
             }
         }
         Ok(encoded)

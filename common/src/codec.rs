@@ -16,7 +16,7 @@ use vmferry_proto::ids::FrameSeq;
 use vmferry_proto::limits::MAX_FRAME_BLOCKS;
 use vmferry_proto::spec::RegionKind;
 
-use crate::compress::{Effort, Spent};
+use crate::compress::{Effort, Tried};
 use crate::digest::{self, PlainDigest};
 use crate::duplicates::Duplicates;
 use crate::kept::{self, KeptBlocks};
@@ -122,8 +122,8 @@ pub struct Encoded {
     pub digest: u128,
     /// The payload.
     pub payload: Bytes,
-    /// What compression took; `None` where none was tried.
-    pub spent: Option<Spent>,
+    /// What compression came to, of the frame or a piece of it; `None` where none was tried.
+    pub tried: Option<Tried>,
 }
 
 impl Encoded {
@@ -232,7 +232,7 @@ impl Encoder {
         level: Option<i32>,
     ) -> Result<Encoded, CodecError> {
         self.room(blocks.bytes.len()).copy_from_slice(blocks.bytes);
-        self.encode_filled(blocks, level.map(Effort::from), None)
+        self.encode_filled(blocks, level.map(Effort::Always), None)
     }
 
     /// Room for the bytes of the blocks that [`encode_filled`](Self::encode_filled) is then called for. What is in it
@@ -285,6 +285,12 @@ impl Encoder {
         let started = Started::now();
         let effort = effort.filter(|_| !self.raw.is_empty());
         let level = self.level_of(effort)?;
+        let probed = match effort {
+            Some(Effort::Probe(level)) => {
+                Some(self.with_press(level, |press| press.probe(&self.raw))?)
+            }
+            _ => None,
+        };
         let kept = kept.map(|kept| KeptBefore {
             // A frame has one or the other.
             differ: kept.differ && found.is_empty(),
@@ -307,7 +313,14 @@ impl Encoder {
             }
         };
         let tried = effort.is_some() || !by_reference.is_empty();
-        let spent = tried.then(|| started.spent());
+        let tried = tried.then(|| {
+            let (raw, packed) = probed.unwrap_or((raw_len as usize, payload.len()));
+            Tried {
+                raw,
+                packed,
+                spent: started.spent(),
+            }
+        });
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
             drop(self.pool.buffers.lend(std::mem::take(&mut self.raw)));
@@ -322,17 +335,20 @@ impl Encoder {
             raw_len,
             digest,
             payload,
-            spent,
+            tried,
         })
     }
 
     /// The level at which what is in `raw` is worth to be compressed.
     fn level_of(&self, effort: Option<Effort>) -> Result<Option<i32>, CodecError> {
-        let Some(Effort { level, sampled }) = effort else {
-            return Ok(None);
-        };
-        let worth = !sampled || self.with_press(level, |press| press.shrinks(&self.raw))?;
-        Ok(worth.then_some(level))
+        match effort {
+            None | Some(Effort::Probe(_)) => Ok(None),
+            Some(Effort::Always(level)) => Ok(Some(level)),
+            Some(Effort::Sampled(level)) => {
+                let worth = self.with_press(level, |press| press.shrinks(&self.raw))?;
+                Ok(worth.then_some(level))
+            }
+        }
     }
 
     /// The payload of a frame of differences, and its blocks that are; `None` where there is nothing to gain. Whatever comes of it,
@@ -607,7 +623,7 @@ mod tests {
             let mut encoder = Encoder::new();
             encoder.room(MAX_FRAME_PAYLOAD as usize).fill(0xdd);
             encoder.room(bytes.len()).copy_from_slice(&bytes);
-            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level.map(Effort::from), None).unwrap();
+            let filled = encoder.encode_filled(&Blocks { bytes: &[], ..blocks }, level.map(Effort::Always), None).unwrap();
             prop_assert_eq!(filled.header(FrameSeq(1)), encoded.header(FrameSeq(1)));
             prop_assert_eq!(&filled.payload, &encoded.payload);
             let header = encoded.header(FrameSeq(1));
@@ -722,6 +738,30 @@ mod tests {
     }
 
     #[test]
+    fn of_a_frame_that_goes_raw_a_piece_tells_what_it_would_come_to() {
+        for count in [8, 64] {
+            let shapes: Vec<_> = (0..count).map(|block| (block, 1)).collect();
+            let (read, bytes) = content(&shapes);
+            let blocks = Blocks {
+                window: WINDOW,
+                region: REGION,
+                read,
+                known_zero: WindowBits::EMPTY,
+                bytes: &[],
+            };
+            let mut encoder = Encoder::new();
+            encoder.room(bytes.len()).copy_from_slice(&bytes);
+            let effort = Some(Effort::Probe(-1));
+            let probed = encoder.encode_filled(&blocks, effort, None).unwrap();
+            assert_eq!(probed.encoding, Encoding::Raw);
+            assert_eq!(probed.payload, bytes);
+            let tried = probed.tried.unwrap();
+            assert_eq!(tried.raw, bytes.len().min(65_536));
+            assert!(tried.packed > 0 && tried.packed < tried.raw, "{tried:?}");
+        }
+    }
+
+    #[test]
     fn random_content_goes_raw_though_asked_otherwise_and_zeros_take_no_payload() {
         let (read, bytes) = content(&[(0, 2), (1, 2)]);
         let mut blocks = Blocks {
@@ -734,7 +774,7 @@ mod tests {
         let mut encoder = Encoder::new();
         let random = encoder.encode(&blocks, Some(3)).unwrap();
         assert_eq!(random.encoding, Encoding::Raw);
-        assert!(random.spent.is_some());
+        assert!(random.tried.is_some());
         let zeros = vec![0; bytes.len()];
         blocks.bytes = &zeros;
         let zero = encoder.encode(&blocks, Some(3)).unwrap();
@@ -811,7 +851,7 @@ mod tests {
                     kept: Some(KeptBefore { blocks: &mut kept, again: true, differ: true }),
                     elsewhere: None,
                 };
-                let encoded = encoder.encode_filled(&blocks, level.map(Effort::from), Some(before)).unwrap();
+                let encoded = encoder.encode_filled(&blocks, level.map(Effort::Always), Some(before)).unwrap();
                 let header = encoded.header(FrameSeq(1));
                 header.check(&[REGION], vmferry_proto::ids::Lane(1), 16, FrameSeq(1)).unwrap();
                 for (at, new) in &content {

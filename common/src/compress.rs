@@ -6,7 +6,7 @@
 //! raw is turned off.
 //!
 //! A copy over a short path may be over within the second, and what both carry over some hundredths of one differs by more than they
-//! do: it begins raw, so that the path's model grows to what raw needs, with some of the first frames compressed, and goes on
+//! do: it begins raw, so that the path's model grows to what raw needs, with pieces of the first frames compressed, and goes on
 //! compressed where the cores suffice for what the line carries. Over a long path the link is what is short until the start-up is
 //! over: the copy begins compressed, and raw is looked at as soon as that keeps the cores busy. Whether a frame's content shrinks at
 //! all is asked of a sample of it: see [`Effort`].
@@ -19,7 +19,7 @@ mod mode;
 mod tests;
 
 use measure::{Carried, Mean, SHORT_STRETCH, STRETCH, Stretch, as_f64};
-pub use measure::{Interval, Spent};
+pub use measure::{Interval, Spent, Tried};
 pub use mode::{CompressMode, CompressModeError};
 
 /// What `auto` climbs. The first has nearly the ratio of the second in less time, which counts where the cores are the bottleneck.
@@ -31,7 +31,7 @@ const COST: [f64; LADDER.len()] = [1.0, 1.2, 1.7, 5.5, 7.6];
 const MOST_SHARE: f64 = 0.4;
 /// Share up to which compression is no reason for a slow copy: no level is tried that would take more.
 const HARMLESS_SHARE: f64 = 0.25;
-/// While raw, one frame of this many is compressed to see what it would come to.
+/// While raw, a piece of one frame of this many is compressed to see what that would come to.
 const PROBE_EVERY: u64 = 64;
 /// So many frames tell of those to come.
 const TELLING: f64 = 4.0;
@@ -88,19 +88,21 @@ const SETTLE: u32 = 2;
 
 /// How a frame is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Effort {
-    /// zstd's level.
-    pub level: i32,
-    /// Whether a frame of which a sample does not shrink goes raw.
-    pub sampled: bool,
+pub enum Effort {
+    /// At this level of zstd, whatever the content.
+    Always(i32),
+    /// At this level, or raw where a sample of it does not shrink.
+    Sampled(i32),
+    /// Raw, but a piece of it is compressed at this level to see what that comes to.
+    Probe(i32),
 }
 
-impl From<i32> for Effort {
-    /// At `level`, whatever the content.
-    fn from(level: i32) -> Self {
-        Self {
-            level,
-            sampled: false,
+impl Effort {
+    /// zstd's level.
+    #[must_use]
+    pub const fn level(self) -> i32 {
+        match self {
+            Self::Always(level) | Self::Sampled(level) | Self::Probe(level) => level,
         }
     }
 }
@@ -116,7 +118,7 @@ enum Stage {
     Raw,
     /// As they are, for a stretch, to see whether that carries more than what the rung did: guest bytes per second.
     Yardstick { rung: usize, packed: f64 },
-    /// As they are but for some of the first, to see what the line carries and what compression takes.
+    /// As they are, to see what the line carries; pieces of the first are compressed to see what that takes.
     Opening,
 }
 
@@ -212,34 +214,30 @@ impl CompressPolicy {
 
     /// How the next frame is compressed, or `None` for raw.
     pub fn next_effort(&mut self) -> Option<Effort> {
-        let level = match self.mode {
-            CompressMode::Off => return None,
-            CompressMode::Level(level) => return Some(level.into()),
+        match self.mode {
+            CompressMode::Off => None,
+            CompressMode::Level(level) => Some(Effort::Always(level)),
             CompressMode::Auto => {
                 self.frames += 1;
+                let probe = |due: bool| due.then_some(Effort::Probe(LADDER[0]));
                 match self.stage {
-                    Stage::Packed(rung) => LADDER.get(rung).copied(),
-                    Stage::Trial { .. } => Some(LADDER[0]),
-                    Stage::Raw => (self.frames % PROBE_EVERY == 1).then_some(LADDER[0]),
-                    Stage::Opening => (self.partial && self.frames % 2 == 1).then_some(LADDER[0]),
+                    Stage::Packed(rung) => LADDER.get(rung).copied().map(Effort::Sampled),
+                    Stage::Trial { .. } => Some(Effort::Sampled(LADDER[0])),
+                    Stage::Raw => probe(self.frames % PROBE_EVERY == 1),
+                    Stage::Opening => probe(self.partial && self.frames % 2 == 1),
                     Stage::Yardstick { .. } => None,
                 }
             }
-        };
-        level.map(|level| Effort {
-            level,
-            sampled: true,
-        })
+        }
     }
 
-    /// A frame was to be compressed: guest bytes, bytes of its payload, and what it took to compress it or to see that it does not
-    /// shrink. Frames sent raw by decision are not told.
-    pub fn on_compressed(&mut self, raw: u32, payload: usize, spent: Spent) {
-        self.packing += spent.elapsed;
-        if raw > 0 {
-            let raw = f64::from(raw);
-            self.shrunk.add(as_f64(payload as u64) / raw);
-            self.cost.add(spent.cpu.as_secs_f64() / raw);
+    /// A frame was to be compressed, or a piece of it was. Frames sent raw by decision are not told.
+    pub fn on_compressed(&mut self, tried: &Tried) {
+        self.packing += tried.spent.elapsed;
+        if tried.raw > 0 {
+            let raw = as_f64(tried.raw as u64);
+            self.shrunk.add(as_f64(tried.packed as u64) / raw);
+            self.cost.add(tried.spent.cpu.as_secs_f64() / raw);
         }
     }
 

@@ -142,7 +142,7 @@ mod tests {
                     seq: FrameSeq(1),
                 }),
             };
-            let encoded = encoder.encode_filled(&blocks, level.map(Effort::from), Some(before));
+            let encoded = encoder.encode_filled(&blocks, level.map(Effort::Always), Some(before));
             duplicates.on_applied(Lane(0), FrameSeq(1));
             encoded.unwrap()
         };

@@ -14,6 +14,9 @@ use crate::buffers::FrameBuffers;
 /// Pieces of a frame that its sample is made of, and the bytes of each: a thirtieth of a whole frame.
 const PIECES: usize = 16;
 const PIECE: usize = 1024;
+/// Bytes of a frame that tell what all of it would come to: over the memory of a Linux guest `zstd -b --fast=1` has the same ratio with
+/// `-B64K` as with `-B512K`, 1.97, and takes 5 % more time for a byte.
+const PROBED: usize = 64 << 10;
 /// A frame that is no longer than so many samples is compressed without a look at one.
 const FEW_SAMPLES: usize = 4;
 /// Share of the sample that compression has to save, in percent: less is not worth the peer's time.
@@ -46,6 +49,14 @@ impl Press {
         }
         let len = self.compress(&sample)?.len();
         Ok(len * 100 <= sample.len() * (100 - LEAST_SAVED))
+    }
+
+    /// Bytes of a piece from the middle of `content`, and of the same compressed.
+    pub(super) fn probe(&mut self, content: &[u8]) -> std::io::Result<(usize, usize)> {
+        let from = content.len().saturating_sub(PROBED) / 2;
+        let piece = content.get(from..).unwrap_or_default();
+        let piece = piece.get(..PROBED).unwrap_or(piece);
+        Ok((piece.len(), self.compress(piece)?.len()))
     }
 
     /// `head` and, behind it, `content` compressed; `None` where that is not smaller than `content`.

@@ -126,6 +126,17 @@ impl Mean {
     }
 }
 
+/// What was to be compressed, and what came of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tried {
+    /// Guest bytes: a frame's, or a piece's.
+    pub raw: usize,
+    /// Bytes that they take: no fewer where they do not shrink.
+    pub packed: usize,
+    /// What it took to compress them, or to see that they do not shrink.
+    pub spent: Spent,
+}
+
 /// What it took to compress a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Spent {

@@ -1,16 +1,34 @@
-use super::{CARRIED_KNOWN, CompressMode, CompressPolicy, Interval, LADDER, SHORT_PATH, Spent};
+use super::{
+    CARRIED_KNOWN, CompressMode, CompressPolicy, Effort, Interval, LADDER, SHORT_PATH, Spent, Tried,
+};
 use std::time::Duration;
 
 const STEP: Duration = Duration::from_millis(25);
 const MB: u64 = 1_000_000;
 const FRAME: u32 = 524_288;
 
-/// What a frame takes of a thread that nobody disturbs.
-const fn alone(time: Duration) -> Spent {
-    Spent {
+/// A frame that was to be compressed by a thread that nobody disturbs.
+fn frame(packed: usize, micros: u64) -> Tried {
+    tried(FRAME as usize, packed, Duration::from_micros(micros))
+}
+
+fn tried(raw: usize, packed: usize, time: Duration) -> Tried {
+    let spent = Spent {
         elapsed: time,
         cpu: time,
-    }
+    };
+    Tried { raw, packed, spent }
+}
+
+/// Whether a frame goes compressed.
+fn packs(effort: Option<Effort>) -> bool {
+    matches!(effort, Some(Effort::Sampled(_) | Effort::Always(_)))
+}
+
+/// Where on the ladder it is.
+fn rung_of(effort: Effort) -> usize {
+    let same = |level: &i32| *level == effort.level();
+    LADDER.iter().position(same).unwrap()
 }
 
 /// A world with a link, a compressor and a guest, run for some steps.
@@ -74,30 +92,35 @@ impl World {
         }
     }
 
-    fn rung(&mut self) -> Option<u64> {
-        let effort = self.policy.next_effort()?;
-        LADDER
-            .iter()
-            .position(|rung| *rung == effort.level)
-            .map(|at| at as u64)
+    /// Tries to compress so many bytes: what becomes of them.
+    fn compress(&mut self, raw: u64, effort: Effort, work: &mut Work) -> u64 {
+        let rung = rung_of(effort) as u64;
+        let mut time = raw as f64 * f64::from(1 << rung) / self.compressor as f64;
+        let packed = raw * 10 / (self.ratio_tenths + rung * u64::from(self.ratio_tenths > 10));
+        if packed >= raw && packs(Some(effort)) {
+            // Only the sample.
+            time /= 32.0;
+        }
+        let bytes = |bytes| usize::try_from(bytes).unwrap();
+        let took = Duration::from_secs_f64(time);
+        self.policy
+            .on_compressed(&tried(bytes(raw), bytes(packed), took));
+        work.packing += time;
+        packed
     }
 
     /// One frame: bytes that it has on the wire.
     fn frame(&mut self, work: &mut Work, came: &mut Came) -> u64 {
         let mut payload = u64::from(FRAME);
-        if let Some(rung) = self.rung() {
-            let mut time = f64::from(FRAME) * f64::from(1 << rung) / self.compressor as f64;
-            payload = u64::from(FRAME) * 10
-                / (self.ratio_tenths + rung * u64::from(self.ratio_tenths > 10));
-            if payload >= u64::from(FRAME) {
-                // Only the sample.
-                time /= 32.0;
+        match self.policy.next_effort() {
+            Some(effort @ Effort::Probe(_)) => {
+                self.compress(payload / 8, effort, work);
             }
-            let bytes = usize::try_from(payload).unwrap();
-            let spent = alone(Duration::from_secs_f64(time));
-            self.policy.on_compressed(FRAME, bytes, spent);
-            work.packing += time;
-            came.packed += 1;
+            Some(effort) => {
+                payload = self.compress(payload, effort, work);
+                came.packed += 1;
+            }
+            None => {}
         }
         work.reading += f64::from(FRAME) / self.reader as f64;
         work.sending += payload as f64 / self.link as f64;
@@ -159,10 +182,11 @@ fn a_slow_link_is_relieved_from_the_first_frame() {
 fn the_level_goes_up_while_the_link_is_slow_and_cores_are_free_and_down_when_they_are_not() {
     let mut world = World::new(10, 1000, 3000, 30);
     world.run(480);
-    assert_eq!(world.rung(), Some(3));
+    assert_eq!(world.policy.next_effort().map(rung_of), Some(3));
     world.compressor = 150 * MB;
     world.run(480);
-    assert!(world.rung().is_none_or(|rung| rung < 3));
+    let effort = world.policy.next_effort();
+    assert!(effort.is_none_or(|effort| rung_of(effort) < 3));
     let came = world.run(800);
     assert!(World::share_of(&came, 800, 30 * MB) > 0.95, "{came:?}");
 }
@@ -228,10 +252,8 @@ fn a_guest_with_little_to_send_is_no_reason_to_go_raw() {
     let came = world.run(200);
     assert!(World::share_of(&came, 200, 117 * MB) > 2.0, "{came:?}");
     for _ in 0..800 {
-        assert!(world.policy.next_effort().is_some());
-        world
-            .policy
-            .on_compressed(FRAME, 200_000, alone(Duration::from_millis(1)));
+        assert!(packs(world.policy.next_effort()));
+        world.policy.on_compressed(&frame(200_000, 1000));
         world.now += STEP;
         let interval = Interval {
             elapsed: STEP,
@@ -249,12 +271,8 @@ fn content_that_does_not_shrink_is_no_reason_to_let_others_go_raw() {
     let mut world = World::new(100, 900, 3000, 10);
     let came = world.run(1600);
     assert!(World::share_of(&came, 1600, 100 * MB) > 0.99, "{came:?}");
-    assert!(
-        world
-            .policy
-            .next_effort()
-            .is_none_or(|effort| effort.sampled)
-    );
+    let effort = world.policy.next_effort();
+    assert!(!matches!(effort, Some(Effort::Always(_))), "{effort:?}");
     // Now some that does.
     world.ratio_tenths = 40;
     let came = world.run(160);
@@ -269,10 +287,10 @@ fn what_slows_the_copy_turns_itself_off_and_is_tried_ever_more_rarely() {
     for _ in 0..8000 {
         let mut on = 0;
         for _ in 0..8 {
-            if policy.next_effort().is_some() {
-                let spent = alone(Duration::from_micros(1200));
-                policy.on_compressed(FRAME, 131_072, spent);
-                on += 1;
+            let effort = policy.next_effort();
+            if effort.is_some() {
+                policy.on_compressed(&frame(131_072, 1200));
+                on += u32::from(packs(effort));
             }
         }
         let on = on > 4;
@@ -298,11 +316,10 @@ fn a_level_that_starves_the_link_is_left_though_senders_wait() {
     let mut policy = CompressPolicy::new(CompressMode::Auto, 1);
     let (mut now, mut levels, mut too_high) = (Duration::ZERO, vec![LADDER[0]], 0);
     for _ in 0..800 {
-        let level = policy.next_effort().unwrap().level;
+        let level = policy.next_effort().unwrap().level();
         // The third rung would be harmless, the fourth not.
         let cost = if level > 1 { 3400 } else { 2000 };
-        let spent = alone(Duration::from_micros(cost));
-        policy.on_compressed(FRAME, 131_072, spent);
+        policy.on_compressed(&frame(131_072, cost));
         if levels.last() != Some(&level) {
             levels.push(level);
         }
@@ -349,7 +366,7 @@ fn a_given_mode_is_kept() {
     let mut three = CompressPolicy::new(CompressMode::Level(3), 1);
     for _ in 0..200 {
         assert_eq!(off.next_effort(), None);
-        assert_eq!(three.next_effort(), Some(3.into()));
+        assert_eq!(three.next_effort(), Some(Effort::Always(3)));
     }
     assert!(three.refers() && !off.refers());
     for (text, mode) in [
@@ -371,10 +388,9 @@ fn buffers_that_fill_up_are_no_reason_to_go_raw() {
     let mut policy = CompressPolicy::new(CompressMode::Auto, 1);
     let (mut now, mut looks) = (Duration::ZERO, 0);
     for step in 0..40 {
-        let packed = policy.next_effort().is_some();
-        let shrunk = usize::try_from(FRAME / 2).unwrap();
+        let packed = packs(policy.next_effort());
         if packed {
-            policy.on_compressed(FRAME, shrunk, alone(Duration::from_millis(15)));
+            policy.on_compressed(&frame(FRAME as usize / 2, 15_000));
         }
         now += STEP;
         // A line of 100 MB/s, of which buffers take three times as much for a while after each change.
