@@ -282,15 +282,10 @@ impl Encoder {
         let digest = digest::plain(&self.raw);
         // At most MAX_FRAME_PAYLOAD, as `compact` takes no more blocks.
         let raw_len = u32::try_from(self.raw.len()).unwrap_or(u32::MAX);
-        let started = Started::now();
         let effort = effort.filter(|_| !self.raw.is_empty());
+        let probed = self.probe(effort)?;
+        let started = Started::now();
         let level = self.level_of(effort)?;
-        let probed = match effort {
-            Some(Effort::Probe(level)) => {
-                Some(self.with_press(level, |press| press.probe(&self.raw))?)
-            }
-            _ => None,
-        };
         let kept = kept.map(|kept| KeptBefore {
             // A frame has one or the other.
             differ: kept.differ && found.is_empty(),
@@ -312,15 +307,13 @@ impl Encoder {
                 None => (Encoding::Raw, WindowBits::EMPTY, self.payload()),
             }
         };
-        let tried = effort.is_some() || !by_reference.is_empty();
-        let tried = tried.then(|| {
-            let (raw, packed) = probed.unwrap_or((raw_len as usize, payload.len()));
-            Tried {
-                raw,
-                packed,
-                spent: started.spent(),
-            }
-        });
+        let worked = effort.is_some() || !by_reference.is_empty();
+        let whole = || Tried {
+            raw: raw_len as usize,
+            packed: payload.len(),
+            spent: started.spent(),
+        };
+        let tried = probed.or_else(|| worked.then(whole));
         // Back to the others at once: the next frame of any worker finds it in the cache.
         if self.raw.capacity() > 0 {
             drop(self.pool.buffers.lend(std::mem::take(&mut self.raw)));
@@ -337,6 +330,17 @@ impl Encoder {
             payload,
             tried,
         })
+    }
+
+    /// What a piece of `raw` comes to, if that is all that is asked of it.
+    fn probe(&self, effort: Option<Effort>) -> Result<Option<Tried>, CodecError> {
+        let Some(Effort::Probe(level)) = effort else {
+            return Ok(None);
+        };
+        let started = Started::now();
+        let (raw, packed) = self.with_press(level, |press| press.probe(&self.raw))?;
+        let spent = started.spent();
+        Ok(Some(Tried { raw, packed, spent }))
     }
 
     /// The level at which what is in `raw` is worth to be compressed.
