@@ -38,7 +38,8 @@
 //! * **Start-up** adds ¾ byte for each that is acknowledged and stops growing where the round trip is longer by an eighth and
 //!   what the headroom takes, which is 1 ms or, on a path of less than 4 ms, a busy host's batches. A queue shows one round trip after
 //!   it began; with doubling it would be as long as the path by then. It ends after three rounds that grew by less than a quarter, at
-//!   once if a queue stands or loss exceeds the ceiling.
+//!   once if a queue stands or loss exceeds the ceiling; but not by loss as long as the window is about the initial one and more comes through
+//!   from round to round: a queue of others that runs over just as the first packets come tells of that moment. They leave half the window.
 //! * **The cycle** probes for one round in eight, makes up for it in the next, and cruises just above what fits. A probe that finds
 //!   much more goes on as start-up: a path that became ten times faster is taken in some twenty rounds. A probe answered with
 //!   loss makes the next one twice as rare, up to one in 64 rounds.
@@ -64,11 +65,12 @@
 //! Two of ours keep a short queue and come to even parts within some cycles, since a third more is much for who has little. A flow
 //! that fills the queue would take all from one that does not; see `sharing`: where the queue stands in 7 of 8 rounds, three fifths of pipe and queue as they
 //! are known are taken, which comes to about half, and every 48 rounds it is looked whether that is still needed.
+//! Where start-up showed it this is not ended before: the round trip was never seen without the others' queue, and a queue above it need not stand.
 //!
 //! # Limits
 //!
 //! * Half is taken also beside several filling flows, together.
-//! * Who joins a filling flow whose queue is two round trips of 80 ms deep or more may get less than a third for the first ten seconds.
+//! * Who joins a filling flow 80 ms away gets between 0.3 and 0.6 of the line, by the moment at which it comes.
 //! * Beside a filling flow with a queue of a quarter of the path or less, losses are few and short: ours takes two thirds and more.
 //! * The first ten round trips of a path of under 1 ms are shorter than a timer's grain.
 //!

@@ -71,6 +71,10 @@ const LOSS_PACKETS: u64 = 4;
 const OVERLOADED: u32 = 2;
 /// What an outage (all packets of some round trips lost) leaves of the window, as a divisor: two rounds of start-up bring it back.
 const AFTER_OUTAGE: u64 = 4;
+/// Window up to which start-up goes on though a round lost more than the ceiling, in initial ones, if more came through than before.
+const BEGINNING: u64 = 2;
+/// What such a round leaves of the window, as a divisor.
+const AFTER_OVERFLOW: u64 = 2;
 /// Round trip from which a queue stands, as a part of the shortest one above it, beside twice the headroom: two of ours
 /// beside each other stay below.
 const QUEUE_PART: (u32, u32) = (15, 100);
@@ -244,11 +248,16 @@ impl Model {
 
     fn next_start_up(&mut self, best: Rate, flat: u8) -> Phase {
         let rate = self.rate.get();
+        let rises = rate.0 >= percent(best.0, START_UP_RISE);
         if self.overloaded > 0 {
-            self.sharing.on_started(rate);
-            return CRUISE;
+            if !rises || self.window > BEGINNING * INITIAL_PACKETS * self.mtu {
+                self.sharing.on_started(rate);
+                return CRUISE;
+            }
+            // Who begins where a queue runs over just now learns of that moment, and not of the path.
+            self.window /= AFTER_OVERFLOW;
         }
-        if rate.0 >= percent(best.0, START_UP_RISE) {
+        if rises {
             return Phase::StartUp {
                 best: rate,
                 flat: 0,

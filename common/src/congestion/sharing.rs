@@ -4,7 +4,8 @@
 //! looks whether the queue stands although it keeps its own part of it small. If it does, the window is made three fifths of all
 //! that pipe and queue hold, which is the line's rate times the round trip as it is now, until the queue is seen empty
 //! again. The line's rate is the best that was carried of late. Who joins a full line has not seen that, but start-up shows it: what it
-//! adds waits behind itself, so bytes added over time added to the round trip is the line's rate.
+//! adds waits behind itself, so bytes added over time added to the round trip is the line's rate, from the shortest round trip on: single steps
+//! are too much of what the others do meanwhile.
 
 use std::time::Duration;
 
@@ -26,8 +27,8 @@ const OVERFLOWING: u32 = 4;
 const SHARE: u64 = 60;
 
 /// A line that is this much faster, in percent, than what start-up got of it is shared.
-const CROWDED: u64 = 250;
-/// Most that is believed of such a line, as a multiple of what start-up got: one measured step is not exact.
+const CROWDED: u64 = 225;
+/// Most that is believed of such a line, as a multiple of what start-up got: what was measured is not exact.
 const MOST_BELIEVED: u64 = 10;
 /// Part of the line's known rate, as a divisor, that is forgotten each round: slower than any sharing lasts, faster than a
 /// line that became slower would mislead.
@@ -47,31 +48,34 @@ pub(super) struct Sharing {
     slope: Slope,
     /// Rounds since it was taken up.
     active: Option<u32>,
+    /// Start-up showed it: the shortest round trip known may be one of a queue that others keep, so that none is seen to stand.
+    crowded: bool,
 }
 
-/// How the round trip follows the bytes under way while start-up adds to them: what is added waits behind itself.
+/// How the round trip follows the bytes under way while start-up adds to them: what is added waits behind itself. Each end has bytes
+/// and a round trip.
 #[derive(Debug, Clone, Default)]
 struct Slope {
-    last: Option<(u64, Duration)>,
-    /// Step so far that made the round trip longest: bytes, and by how much.
-    step: (u64, Duration),
+    /// The shortest round trip.
+    low: Option<(u64, Duration)>,
+    /// The longest one after it.
+    high: Option<(u64, Duration)>,
 }
 
 impl Slope {
     fn push(&mut self, bytes: u64, rtt: Duration) {
-        let Some(last) = self.last.replace((bytes, rtt)) else {
-            return;
-        };
-        let step = (bytes.saturating_sub(last.0), rtt.saturating_sub(last.1));
-        if step.0 > 0 && step.1 > self.step.1 {
-            self.step = step;
+        if self.low.is_none_or(|low| rtt <= low.1) {
+            (self.low, self.high) = (Some((bytes, rtt)), None);
+        } else if self.high.is_none_or(|high| rtt > high.1) {
+            self.high = Some((bytes, rtt));
         }
     }
 
     fn rate(&self) -> Rate {
-        match self.step {
-            (_, Duration::ZERO) => Rate(0),
-            (bytes, time) => rate_of(bytes, time),
+        let (low, high) = self.low.zip(self.high).unwrap_or_default();
+        match high.1.saturating_sub(low.1) {
+            Duration::ZERO => Rate(0),
+            time => rate_of(high.0.saturating_sub(low.0), time),
         }
     }
 }
@@ -128,6 +132,7 @@ impl Sharing {
                 .line
                 .max(line.min(Rate(rate.0.saturating_mul(MOST_BELIEVED))));
             self.enter();
+            self.crowded = true;
         }
     }
 
@@ -136,9 +141,9 @@ impl Sharing {
         self.active = Some(0);
     }
 
-    /// Whether the queue has mostly been empty of late.
+    /// Whether the queue has mostly been empty of late, as far as that can be seen.
     pub(super) const fn is_over(&self) -> bool {
-        self.active.is_some() && self.queued.count_ones() <= LEAVE_QUEUED
+        self.active.is_some() && !self.crowded && self.queued.count_ones() <= LEAVE_QUEUED
     }
 
     /// Whether the own part of the queue should be let run empty, to see what is left of it.
@@ -150,6 +155,7 @@ impl Sharing {
     /// Gives the window back to the model.
     pub(super) fn leave(&mut self) {
         self.active = None;
+        self.crowded = false;
         self.queued = 0;
     }
 }

@@ -230,8 +230,19 @@ fn packets_that_overtake_do_not_slow_it_down() {
     assert!(got.steady >= 0.88, "{got:?}");
 }
 
-/// Our part of the line in the seconds 10 to 15 beside another flow.
+/// Our part of the line in the seconds 10 to 15 beside another flow, where the second comes three seconds after the first.
 fn beside(other: super::Congestion, rtt: u64, queue: u64, ours_first: bool) -> f64 {
+    beside_after(3000, other, rtt, queue, ours_first)
+}
+
+/// The same, where the second comes after so many milliseconds.
+fn beside_after(
+    head_start: u64,
+    other: super::Congestion,
+    rtt: u64,
+    queue: u64,
+    ours_first: bool,
+) -> f64 {
     let mut world = World::new(LinkPlan::new(100, ms(rtt), queue));
     let (first, second) = if ours_first {
         (Model, other)
@@ -239,7 +250,7 @@ fn beside(other: super::Congestion, rtt: u64, queue: u64, ours_first: bool) -> f
         (other, Model)
     };
     world.add(first, ENDLESS);
-    world.run(ms(3000));
+    world.run(ms(head_start));
     world.add(second, ENDLESS);
     world.run(ms(10_000));
     let rates = world.rates(ms(5000));
@@ -266,6 +277,20 @@ fn beside_a_cubic_flow_that_is_there_already_it_gets_its_part() {
     for queue in [50, 100, 200] {
         let part = beside(Cubic, 20, queue, false);
         assert!((0.3..=0.7).contains(&part), "queue {queue} %: {part}");
+    }
+}
+
+/// Also where its first packets come while the queue runs over.
+#[test]
+fn far_off_it_gets_its_part_whenever_it_comes() {
+    for queue in [150, 200] {
+        for head_start in [2000, 2900, 3800, 5600] {
+            let part = beside_after(head_start, Cubic, 80, queue, false);
+            assert!(
+                (0.3..=0.7).contains(&part),
+                "queue {queue} %, after {head_start} ms: {part}"
+            );
+        }
     }
 }
 
