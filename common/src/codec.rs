@@ -574,6 +574,17 @@ mod tests {
     /// A window at the region's end with a short last block.
     const REGION: RegionLen = RegionLen(2 * 2_097_152 - 1000);
 
+    /// Blocks of the window with their bytes, none of them known to be zero.
+    fn blocks(bytes: &[u8], read: WindowBits) -> Blocks<'_> {
+        Blocks {
+            window: WINDOW,
+            region: REGION,
+            read,
+            known_zero: WindowBits::EMPTY,
+            bytes,
+        }
+    }
+
     /// Content of a block by kind: zero, compressible or random.
     pub(super) fn block(kind: u8, seed: u64, len: usize) -> Vec<u8> {
         let mut state = seed | 1;
@@ -682,13 +693,7 @@ mod tests {
 
     fn sample() -> Encoded {
         let (read, bytes) = content(&[(0, 1), (1, 0), (5, 1)]);
-        let blocks = Blocks {
-            window: WINDOW,
-            region: REGION,
-            read,
-            known_zero: WindowBits::EMPTY,
-            bytes: &bytes,
-        };
+        let blocks = blocks(&bytes, read);
         Encoder::new().encode(&blocks, Some(1)).unwrap()
     }
 
@@ -746,13 +751,7 @@ mod tests {
         for count in [8, 64] {
             let shapes: Vec<_> = (0..count).map(|block| (block, 1)).collect();
             let (read, bytes) = content(&shapes);
-            let blocks = Blocks {
-                window: WINDOW,
-                region: REGION,
-                read,
-                known_zero: WindowBits::EMPTY,
-                bytes: &[],
-            };
+            let blocks = blocks(&[], read);
             let mut encoder = Encoder::new();
             encoder.room(bytes.len()).copy_from_slice(&bytes);
             let effort = Some(Effort::Probe(-1));
@@ -768,13 +767,7 @@ mod tests {
     #[test]
     fn random_content_goes_raw_though_asked_otherwise_and_zeros_take_no_payload() {
         let (read, bytes) = content(&[(0, 2), (1, 2)]);
-        let mut blocks = Blocks {
-            window: WINDOW,
-            region: REGION,
-            read,
-            known_zero: WindowBits::EMPTY,
-            bytes: &bytes,
-        };
+        let mut blocks = blocks(&bytes, read);
         let mut encoder = Encoder::new();
         let random = encoder.encode(&blocks, Some(3)).unwrap();
         assert_eq!(random.encoding, Encoding::Raw);
@@ -929,13 +922,7 @@ mod tests {
         let mut encoder = Encoder::new();
         let (read, first) = content(&[(0, 2), (1, 2), (5, 2)]);
         let mut encode = |bytes: &[u8]| {
-            let blocks = Blocks {
-                window: WINDOW,
-                region: REGION,
-                read,
-                known_zero: WindowBits::EMPTY,
-                bytes: &[],
-            };
+            let blocks = blocks(&[], read);
             encoder.room(bytes.len()).copy_from_slice(bytes);
             let before = Before {
                 sent: &mut sent,
