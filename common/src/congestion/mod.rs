@@ -70,7 +70,8 @@
 //! # Limits
 //!
 //! * Half is taken also beside several filling flows, together.
-//! * Who joins a filling flow 80 ms away gets between 0.3 and 0.6 of the line, by the moment at which it comes.
+//! * Who joins a filling flow 80 ms away gets between 0.3 and 0.65 of the line, by the moment at which it comes, where the queue is as
+//!   long as the path or longer; up to 0.75 where it is half as long.
 //! * Beside a filling flow with a queue of a quarter of the path or less, losses are few and short: ours takes two thirds and more.
 //! * The first ten round trips of a path of under 1 ms are shorter than a timer's grain.
 //!
