@@ -32,6 +32,7 @@ const fn guest_code(error: &GuestError) -> ErrorCode {
         GuestError::NoSpace(_) => ErrorCode::NoSpace,
         GuestError::Gone(_)
         | GuestError::ShutDown(_)
+        | GuestError::Rebooted
         | GuestError::Refused { .. }
         | GuestError::TimedOut { .. }
         | GuestError::Io { .. }

@@ -175,6 +175,7 @@ const fn guest_code(error: &GuestError) -> ErrorCode {
         GuestError::Gone(_) | GuestError::ShutDown(_) | GuestError::Touched(_) => {
             ErrorCode::GuestChanged
         }
+        GuestError::Rebooted => ErrorCode::GuestReset,
         GuestError::Incompatible(_) => ErrorCode::Incompatible,
         GuestError::NoSpace(_) => ErrorCode::NoSpace,
         GuestError::Refused { .. }

@@ -133,6 +133,7 @@ const fn error_texts(code: ErrorCode) -> Texts {
         ErrorCode::NotConverging => NOT_CONVERGING,
         ErrorCode::ShuttingDown => SHUTTING_DOWN,
         ErrorCode::LinkLost => LINK_LOST,
+        ErrorCode::GuestReset => GUEST_RESET,
         ErrorCode::VersionMismatch => VERSION_MISMATCH,
         ErrorCode::NotAuthorized => NOT_AUTHORIZED,
         ErrorCode::UnknownGuest => UNKNOWN_GUEST,
@@ -208,6 +209,11 @@ const LINK_LOST: Texts = (
      vmferry-src status NAME tells.",
     "See that UDP gets through to the destination's port and that vmferry-dst runs there, then migrate again, \
      or run vmferry-src recover NAME if in doubt.",
+);
+const GUEST_RESET: Texts = (
+    "The guest rebooted just as it was paused for the cutover, in each of several attempts.",
+    RUNS_HERE,
+    "Look whether the guest reboots again and again; once it stays up, migrate it again.",
 );
 const VERSION_MISMATCH: Texts = (
     "The two agents have no version of the protocol in common.",

@@ -117,6 +117,8 @@ codes! {
     ShuttingDown = 19, "shutting-down";
     /// The connection was lost, or none could be made.
     LinkLost = 20, "link-lost";
+    /// The guest reset itself in the moment of the pause.
+    GuestReset = 21, "guest-reset";
 }
 
 impl fmt::Display for ErrorCode {

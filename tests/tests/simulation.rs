@@ -53,6 +53,7 @@ fn every_rule_is_kept_in_a_few_thousand_runs() {
         "source agent killed, its ledger lost",
         "found equal at the destination, the ledger lost",
         "sent as references to other blocks",
+        "reset in the pause",
     ] {
         assert!(tally.seen.contains_key(met), "no run met: {met}");
     }

@@ -403,7 +403,10 @@ impl Migration {
         });
         let passing = matches!(
             reason.code,
-            ErrorCode::LinkLost | ErrorCode::TimedOut | ErrorCode::ShuttingDown
+            ErrorCode::LinkLost
+                | ErrorCode::TimedOut
+                | ErrorCode::ShuttingDown
+                | ErrorCode::GuestReset
         );
         let ended = *self.life.borrow() != GuestLife::Alive;
         if !passing || ended || self.rolled_back >= MAX_ATTEMPTS {

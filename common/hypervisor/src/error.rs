@@ -14,6 +14,9 @@ pub enum GuestError {
     /// Somebody else resumed, reset or changed the guest while it was paused for the cutover.
     #[error("somebody else touched the guest: {0}")]
     Touched(String),
+    /// The guest reset itself so shortly before the pause that the reset fell into it.
+    #[error("the guest rebooted in the moment of the pause")]
+    Rebooted,
     /// This guest cannot be migrated, or the two sides do not match; nothing was copied.
     #[error("{0}")]
     Incompatible(String),

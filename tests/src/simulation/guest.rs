@@ -373,6 +373,16 @@ impl State {
         }
     }
 
+    /// Whether a reset that the guest had asked for falls into the pause that has just begun.
+    pub(super) fn reset_in_pause(&mut self) -> bool {
+        let meets = self.plan.resets > 0;
+        if meets {
+            self.plan.resets -= 1;
+            self.tell(What::Note("the guest reset itself in the pause".to_owned()));
+        }
+        meets
+    }
+
     /// The guest shuts itself down, if it runs.
     pub(super) fn shut_down(&mut self, host: HostId) {
         let running = |vm: &&mut Vm| vm.host == host && vm.state == VmState::Running;

@@ -162,6 +162,8 @@ pub struct Plan {
     pub link: Link,
     /// What is wanted.
     pub wish: Wish,
+    /// So many pauses, the first ones, meet a reset that the guest had asked for just before.
+    pub resets: u64,
     /// Strikes at effects.
     pub traps: Vec<Trap>,
     /// Strikes at times, and what people do.
@@ -197,6 +199,7 @@ impl Plan {
             pace_ms: dice.pick(&[2, 8, 40, 200]),
             link: link(dice),
             wish: wish(dice),
+            resets: 0,
             traps: Vec::new(),
             acts: Vec::new(),
             quiet,
@@ -341,6 +344,9 @@ impl Plan {
             self.acts.push((at, Act::Cutover));
         }
         self.acts.sort_by_key(|(at, _)| *at);
+        if dice.chance(60) {
+            self.resets = dice.between(1, 3);
+        }
         self
     }
 

@@ -237,6 +237,12 @@ impl SourceGuest for Source {
         })?;
         self.paused_at = Some(starts);
         self.drained().await;
+        if ran && self.node.world.state().reset_in_pause() {
+            return Err(PauseError {
+                before: Some(before),
+                source: GuestError::Rebooted,
+            });
+        }
         Ok(GuestPaused::confirmed_by_driver(if ran {
             RunState::Running
         } else {

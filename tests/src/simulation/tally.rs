@@ -114,6 +114,7 @@ fn meet_note(text: &str, meet: &mut impl FnMut(&'static str)) {
         ("the source's agent finds COMMITTING", "restarted in doubt"),
         ("the source's agent finds PAUSING", "restarted while paused"),
         ("Cancel", "cancelled by hand"),
+        ("the guest reset itself in the pause", "reset in the pause"),
     ] {
         if text.starts_with(begins) {
             meet(word);

@@ -14,9 +14,10 @@ use vmferry_proto::handover::{
 use vmferry_proto::ids::{Attempt, Generation, GuestName, MigrationId, RegisterId, SessionNumber};
 use vmferry_proto::message::AttemptKey;
 use vmferry_proto::spec::RunState;
+use vmferry_src::policy::Cutover;
 
 use super::check::{Broken, Rule, check};
-use super::facts::{Birth, HostId, VmId, What};
+use super::facts::{Birth, Fact, HostId, VmId, What};
 use super::guest::{VmState, empty};
 use super::plan::{Class, Plan, Strike, Trap};
 use super::run::{GUEST, Ground, STATE, carry_out};
@@ -210,6 +211,7 @@ fn the_journals_sync_one_record_a_side_between_pause_and_run() {
         let mut plan = Plan::of(seed, None);
         plan.traps.clear();
         plan.acts.clear();
+        plan.resets = 0;
         let outcome = carry_out(plan, &ground);
         outcome.verdict.unwrap();
         let whats: Vec<_> = outcome.facts.iter().map(|fact| &fact.what).collect();
@@ -228,4 +230,38 @@ fn the_journals_sync_one_record_a_side_between_pause_and_run() {
         moved += 1;
     }
     assert!(moved > 20, "{moved} runs moved the guest");
+}
+
+#[test]
+fn a_guest_that_reboots_as_it_is_paused_is_moved_by_a_later_attempt() {
+    let ground = Arc::new(Ground::new().unwrap());
+    // Of the first program: an administrator may begin again after it.
+    let end = |seed, resets| {
+        let mut plan = Plan::of(seed, None);
+        plan.traps.clear();
+        plan.acts.clear();
+        plan.run_state = RunState::Running;
+        plan.wish.limits.cutover = Cutover::Auto;
+        plan.wish.limits.timeout = Duration::from_secs(600);
+        plan.wish.limits.max_downtime = Duration::from_secs(10);
+        plan.wish.limits.pause_timeout = None;
+        plan.resets = resets;
+        let outcome = carry_out(plan, &ground);
+        outcome.verdict.unwrap();
+        let reported = |fact: &Fact| match fact.what {
+            What::Reported { outcome, .. } => Some(outcome),
+            _ => None,
+        };
+        outcome.facts.iter().find_map(reported).unwrap()
+    };
+    let mut moved = 0;
+    for seed in 1..=30 {
+        if end(seed, 0) != "committed" {
+            continue;
+        }
+        assert_eq!(end(seed, 2), "committed", "seed {seed}");
+        assert_eq!(end(seed, 3), "rolled-back", "seed {seed}");
+        moved += 1;
+    }
+    assert!(moved > 15, "{moved} runs moved the guest");
 }

@@ -24,7 +24,7 @@ use super::leftovers;
 use super::link::Link;
 use super::names;
 use super::preflight;
-use super::qmp::{EventTally, Qmp, QmpError};
+use super::qmp::{EventTally, Qmp, QmpError, Touch};
 use super::saving::Saving;
 use super::source_disks::SourceDisks;
 use super::state_file::StateFile;
@@ -137,6 +137,7 @@ impl QemuSource {
             tokio::join!(stop, Changing::of(qmp), inventory::status(qmp));
         stopped?;
         let now = now?;
+        let tally = qmp.tally().at_stop_since(&tally);
         tracing::debug!(?stop_took, elapsed = ?begun.elapsed(), "stopped the guest and listed it again");
         check_untouched(qmp, &tally, &status?)?;
         let changes = describe::changes(&self.at_attach, &now);
@@ -225,17 +226,13 @@ pub(super) fn check_untouched(
     tally: &EventTally,
     status: &str,
 ) -> Result<(), GuestError> {
-    let now = qmp.tally();
-    if now.shutdown > tally.shutdown {
-        let reason = now.shutdown_reason.unwrap_or_default();
-        return Err(GuestError::ShutDown(reason));
-    }
-    if let Some(touched) = now.touched_since(tally) {
-        return Err(GuestError::Touched(touched));
-    }
-    match status {
-        "paused" => Ok(()),
-        other => Err(not_runnable(other)),
+    match (qmp.tally().touched_since(tally), status) {
+        (Some(Touch::ShutDown(reason)), _) => Err(GuestError::ShutDown(reason)),
+        (Some(Touch::Rebooted), _) => Err(GuestError::Rebooted),
+        (Some(Touch::Reset), _) => Err(GuestError::Touched("it was reset".to_owned())),
+        (Some(Touch::Resumed), _) => Err(GuestError::Touched("it was resumed".to_owned())),
+        (None, "paused") => Ok(()),
+        (None, other) => Err(not_runnable(other)),
     }
 }
 

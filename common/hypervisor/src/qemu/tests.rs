@@ -499,6 +499,52 @@ async fn whoever_touches_the_paused_guest_is_noticed() {
     assert_no_trace(&there).await;
 }
 
+/// What a CPU runs first after a reset: asks the keyboard controller for the next one, and waits for it.
+///
+/// ```text
+/// al = 0xfe; out 0x64, al; again: hlt; jmp again
+/// ```
+const RESET_AGAIN: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_reboots_all_the_time_is_paused_and_nobody_else_is_blamed() {
+    let Some(host) = Host::source() else { return };
+    let mut firmware = vec![0xf4; 64 << 10];
+    let reset_vector = firmware.len() - 16;
+    firmware[reset_vector..][..RESET_AGAIN.len()].copy_from_slice(&RESET_AGAIN);
+    let file = host.path("firmware");
+    std::fs::write(&file, firmware).unwrap();
+    let there = host.start(&["-bios", file.to_str().unwrap()]).await;
+    let mut source = attach(&host).await;
+    source.start_tracking().await.unwrap();
+    let resets = || async {
+        there.ask("query-status", json!({})).await;
+        there.admin().tally().resets.by_guest
+    };
+    let (mut clean, mut rebooted) = (0, 0);
+    for _ in 0..100 {
+        let before = resets().await;
+        let outcome = match source.pause().await {
+            Ok(paused) => source.still_paused(&paused).await,
+            Err(error) => Err(error.source),
+        };
+        match outcome {
+            Ok(()) => clean += 1,
+            Err(GuestError::Rebooted) => rebooted += 1,
+            Err(other) => panic!("{other}"),
+        }
+        source.resume_permitted(RunState::Running).await.unwrap();
+        // It reboots between two pauses, whatever the pause met.
+        while resets().await < before + 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    println!("{clean} pauses met no reset, {rebooted} did");
+    assert!(clean > 0);
+    source.stop_tracking().await.unwrap();
+    assert_no_trace(&there).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_that_shuts_down_or_dies_ends_its_life_once() {
     let Some(host) = Host::source() else { return };

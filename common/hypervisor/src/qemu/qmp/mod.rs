@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 pub use connect::Version;
 pub use error::QmpError;
-pub use events::{Event, EventTally};
+pub use events::{Event, EventTally, Touch};
 
 use io::{Outgoing, Shared};
 

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 
-use super::{Qmp, QmpError};
+use super::{Event, EventTally, Qmp, QmpError, Touch};
 
 struct Fake {
     folder: tempfile::TempDir,
@@ -102,7 +102,34 @@ async fn an_event_is_counted_before_the_answer_behind_it() {
     .await;
     say(&mut server, &json!({"return": {}, "id": command["id"]})).await;
     let touched = status.await.unwrap().touched_since(&before).unwrap();
-    assert!(touched.contains("guest-shutdown"), "{touched}");
+    assert_eq!(touched, Touch::ShutDown("guest-shutdown".to_owned()));
+}
+
+#[test]
+fn a_reset_counts_against_a_pause_only_once_the_cpus_are_stopped() {
+    let event = |name: &str, guest: bool| Event {
+        name: name.to_owned(),
+        data: json!({ "guest": guest }),
+    };
+    let before = EventTally::default();
+    let after = |events: &[Event]| {
+        let mut tally = before.clone();
+        events.iter().for_each(|event| tally.count(event));
+        tally
+    };
+    let (rebooted, reset) = (event("RESET", true), event("RESET", false));
+    let stop = event("STOP", false);
+    let ran = after(&[rebooted.clone(), reset.clone(), stop.clone()]);
+    assert_eq!(ran.touched_since(&ran.at_stop_since(&before)), None);
+    for (late, touch) in [(rebooted, Touch::Rebooted), (reset, Touch::Reset)] {
+        let in_pause = after(&[stop.clone(), late.clone()]);
+        let at_stop = in_pause.at_stop_since(&before);
+        assert_eq!(in_pause.touched_since(&at_stop), Some(touch.clone()));
+        // It was paused already, so nothing says when.
+        let unstopped = after(&[late]);
+        let at_stop = unstopped.at_stop_since(&before);
+        assert_eq!(unstopped.touched_since(&at_stop), Some(touch));
+    }
 }
 
 #[tokio::test]
