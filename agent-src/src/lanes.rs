@@ -15,6 +15,8 @@ use vmferry_common::budget::SendBudget;
 use vmferry_common::codec::{
     Before, Blocks, CodecError, Elsewhere, Encoded, Encoder, EncoderPool, KeptBefore,
 };
+use vmferry_common::compress::Effort;
+use vmferry_common::cores::Cores;
 use vmferry_common::duplicates::Duplicates;
 use vmferry_common::kept::KeptBlocks;
 use vmferry_common::lanes::{LaneError as StreamError, LaneSender};
@@ -143,6 +145,7 @@ impl Lanes {
         let duplicates =
             (refers && features.has(DUPLICATE)).then(|| Arc::new(Duplicates::new(count, blocks)));
         let secret = Secret::new();
+        let cores = Arc::new(Cores::new(workers));
         let mut budgets: HashMap<usize, Arc<SendBudget>> = HashMap::new();
         let start = |sender: LaneSender| {
             let budget = budgets
@@ -158,6 +161,7 @@ impl Lanes {
                 kept: differs.then(|| KeptBlocks::of_one(lanes)),
                 duplicates: duplicates.clone(),
                 budget: budget.clone(),
+                cores: cores.clone(),
                 pacer: pacer.clone(),
                 counters: counters.clone(),
                 pending: pending.clone(),
@@ -251,6 +255,7 @@ struct Worker {
     /// `None` as well where the peer does not take duplicates, and from the first block on that is sent for the second time.
     duplicates: Option<Arc<Duplicates>>,
     budget: Arc<SendBudget>,
+    cores: Arc<Cores>,
     pacer: Pacer,
     counters: Arc<LaneCounters>,
     pending: Arc<AtomicUsize>,
@@ -310,7 +315,16 @@ impl Worker {
             known_zero: frame.known_zero,
             bytes: &[],
         };
-        let encoded = self.encode(&blocks, job)?;
+        let (effort, refers) = {
+            let policy = &mut self.counters.compress().0;
+            (policy.next_effort(), policy.refers())
+        };
+        let cores = self.cores.clone();
+        let mut encode = || self.encode(&blocks, job, effort, refers);
+        let encoded = match effort {
+            Some(_) => cores.work(encode).await?,
+            None => encode()?,
+        };
         self.counters.count(&encoded);
         let header = encoded.header(frame.seq);
         let _waiting = self.counters.link_waits().begin();
@@ -339,11 +353,13 @@ impl Worker {
     }
 
     /// Encodes what was read, as the policy says, and tells it what came of that.
-    fn encode(&mut self, blocks: &Blocks<'_>, job: &LaneJob) -> Result<Encoded, CodecError> {
-        let (effort, refers) = {
-            let policy = &mut self.counters.compress().0;
-            (policy.next_effort(), policy.refers())
-        };
+    fn encode(
+        &mut self,
+        blocks: &Blocks<'_>,
+        job: &LaneJob,
+        effort: Option<Effort>,
+        refers: bool,
+    ) -> Result<Encoded, CodecError> {
         // The destination reads what it has there, which of a disk may take longer than the bytes.
         let of_memory = job.kind == RegionKind::Memory;
         let kept = self.kept.as_mut().filter(|_| of_memory);

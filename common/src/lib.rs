@@ -11,6 +11,7 @@ pub mod codec;
 pub mod compress;
 pub mod congestion;
 pub mod control;
+pub mod cores;
 pub mod digest;
 pub mod duplicates;
 pub mod endpoint;
