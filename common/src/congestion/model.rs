@@ -59,6 +59,8 @@ const LONGEST_CYCLE: u32 = 64;
 const FOLLOW_UP: u64 = 115;
 /// Loss of a round, in percent, up to which it is the line's noise and not congestion.
 const LOSS_CEILING: u64 = 8;
+/// Loss, in percent, from which a shared queue runs over, and not only at the end of the others' growth or for the line's noise.
+const OVERFLOW_LOSS: u64 = 2;
 /// Loss, in percent, from which the headroom may be what overflows the queue.
 const HEADROOM_LOSS: u64 = 4;
 /// What is left of the headroom then, in percent.
@@ -110,6 +112,8 @@ pub(super) struct Model {
     before_probe: Rate,
     /// Rounds in a row with more loss than the ceiling.
     overloaded: u32,
+    /// When loss ended start-up: what was sent before and is lost tells of its window, and what is carried meanwhile of the lack of it.
+    overshot: Option<Instant>,
     /// Round trip of the newest packets acknowledged.
     latest: Duration,
     /// Packets wait somewhere, and not only the own headroom.
@@ -141,6 +145,7 @@ impl Model {
             cycle: CYCLE,
             before_probe: Rate(0),
             overloaded: 0,
+            overshot: None,
             latest: Duration::MAX,
             queued: false,
             sharing: Sharing::default(),
@@ -195,8 +200,8 @@ impl Model {
         } else {
             self.rate.push(report.rate, keep);
         }
-        self.sharing
-            .on_round(self.queued, report.lost > 0, report.rate);
+        let overflowed = report.lost > percent(report.acked + report.lost, OVERFLOW_LOSS);
+        self.sharing.on_round(self.queued, overflowed, report.rate);
     }
 
     /// The sender has little to send: nothing is held back, so that whatever comes next finds the whole window.
@@ -219,7 +224,8 @@ impl Model {
         } else {
             0
         };
-        self.most_headroom = if exceeds(HEADROOM_LOSS) {
+        let starts_up = matches!(self.phase, Phase::StartUp { .. });
+        self.most_headroom = if exceeds(HEADROOM_LOSS) && !starts_up {
             percent(self.headroom(), HEADROOM_CUT)
         } else {
             self.most_headroom
@@ -239,18 +245,19 @@ impl Model {
 
     fn next_phase(&mut self, report: &Report) {
         self.phase = match self.phase {
-            Phase::StartUp { best, flat } => self.next_start_up(best, flat),
+            Phase::StartUp { best, flat } => self.next_start_up(best, flat, report),
             Phase::Drain { left } if left > 1 => Phase::Drain { left: left - 1 },
             Phase::Drain { .. } => self.after_drain(report),
             Phase::Cycle { step } => self.next_step(step, report),
         };
     }
 
-    fn next_start_up(&mut self, best: Rate, flat: u8) -> Phase {
+    fn next_start_up(&mut self, best: Rate, flat: u8, report: &Report) -> Phase {
         let rate = self.rate.get();
         let rises = rate.0 >= percent(best.0, START_UP_RISE);
         if self.overloaded > 0 {
             if !rises || self.window > BEGINNING * INITIAL_PACKETS * self.mtu {
+                self.overshot = Some(report.ended);
                 self.sharing.on_started(rate);
                 return CRUISE;
             }
@@ -384,7 +391,7 @@ impl Controller for Model {
         _rtt: &RttEstimator,
     ) {
         self.latest = now.saturating_duration_since(sent);
-        if self.rtt.get().is_none_or(|min| self.latest < min) {
+        if self.rtt.get().is_none() {
             self.rtt.push(self.latest);
         }
         self.round.on_ack(now, sent, bytes, app_limited);
@@ -415,11 +422,13 @@ impl Controller for Model {
     fn on_congestion_event(
         &mut self,
         _now: Instant,
-        _sent: Instant,
+        sent: Instant,
         is_persistent: bool,
         lost_bytes: u64,
     ) {
-        self.round.on_lost(lost_bytes);
+        if self.overshot.is_none_or(|end| sent >= end) {
+            self.round.on_lost(lost_bytes);
+        }
         self.in_flight = self.in_flight.saturating_sub(lost_bytes);
         if is_persistent {
             self.sharing.leave();

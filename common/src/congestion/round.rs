@@ -22,15 +22,58 @@ pub(super) struct Round {
     newest_sent: Instant,
     acked: u64,
     lost: u64,
-    min_rtt: Option<Duration>,
+    looks: Looks,
     limited: bool,
     /// The round before was limited: what is acknowledged in this one was sent then.
     limited_before: bool,
 }
 
+/// Round trips by the looks at which they were seen: acknowledgements that a host takes at once have the same time, which is that of
+/// its looking. A host that is held up between reading its clock and its socket finds there what came meanwhile, and takes it for
+/// faster than the path is. That happens to single looks, so the shortest but one is believed.
+#[derive(Debug, Clone, Copy, Default)]
+struct Looks {
+    at: Option<Instant>,
+    /// Of the look at hand.
+    this: Option<Duration>,
+    /// Of those before.
+    shortest: Option<Duration>,
+    next: Option<Duration>,
+}
+
+impl Looks {
+    fn push(&mut self, at: Instant, rtt: Duration) {
+        if self.at != Some(at) {
+            self.close();
+            self.at = Some(at);
+        }
+        self.this = Some(self.this.map_or(rtt, |this| this.min(rtt)));
+    }
+
+    fn close(&mut self) {
+        let Some(this) = self.this.take() else { return };
+        if self.shortest.is_none_or(|shortest| this < shortest) {
+            self.next = self.shortest.replace(this);
+        } else if self.next.is_none_or(|next| this < next) {
+            self.next = Some(this);
+        }
+    }
+
+    /// The round trip to be believed, and what the next round begins with: its last look.
+    fn end(mut self) -> Option<(Duration, Self)> {
+        let last = Self {
+            shortest: Some(self.this?),
+            ..Self::default()
+        };
+        self.close();
+        Some((self.next.or(self.shortest)?, last))
+    }
+}
+
 /// A round that is over.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Report {
+    pub(super) ended: Instant,
     pub(super) rate: Rate,
     pub(super) span: Duration,
     pub(super) acked: u64,
@@ -41,14 +84,14 @@ pub(super) struct Report {
 }
 
 impl Round {
-    pub(super) const fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
             began: now,
             sent_before: now,
             newest_sent: now,
             acked: 0,
             lost: 0,
-            min_rtt: None,
+            looks: Looks::default(),
             // Nothing was under way: what a first round carries is less than what the path would.
             limited: false,
             limited_before: true,
@@ -59,7 +102,7 @@ impl Round {
         let rtt = now.saturating_duration_since(sent);
         self.acked += bytes;
         self.newest_sent = self.newest_sent.max(sent);
-        self.min_rtt = Some(self.min_rtt.map_or(rtt, |min| min.min(rtt)));
+        self.looks.push(now, rtt);
         self.limited |= limited;
     }
 
@@ -70,12 +113,13 @@ impl Round {
     /// Ends the round if what was sent after its beginning has been acknowledged.
     pub(super) fn end(&mut self, now: Instant) -> Option<Report> {
         let span = now.saturating_duration_since(self.began);
-        let min_rtt = self.min_rtt?;
+        let (min_rtt, looks) = self.looks.end()?;
         if self.newest_sent <= self.began || span < MIN_ROUND {
             return None;
         }
         let sending = self.newest_sent.saturating_duration_since(self.sent_before);
         let report = Report {
+            ended: now,
             rate: rate_of(self.acked, span.max(sending)),
             span,
             acked: self.acked,
@@ -86,6 +130,7 @@ impl Round {
         *self = Self {
             began: now,
             sent_before: self.newest_sent,
+            looks,
             limited_before: self.limited,
             ..Self::new(now)
         };

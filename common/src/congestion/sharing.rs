@@ -20,7 +20,7 @@ const ENTER_QUEUED: u32 = 7;
 const LEAVE_QUEUED: u32 = 1;
 /// Rounds after which the own part of the queue is let run empty, to see whether it is only the own one by now.
 const CHECK_EVERY: u32 = 48;
-/// Rounds with loss among the last eight that mean more than an end of the others' growth.
+/// Rounds among the last eight in which the queue ran over that mean more than an end of the others' growth.
 const OVERFLOWING: u32 = 4;
 /// Part of pipe and queue taken, in percent. The line is mostly known as slower than it is, by headers and by what others had of it,
 /// so that it comes to about half.
@@ -33,6 +33,8 @@ const MOST_BELIEVED: u64 = 10;
 /// Part of the line's known rate, as a divisor, that is forgotten each round: slower than any sharing lasts, faster than a
 /// line that became slower would mislead.
 const FORGET: u64 = 1024;
+/// A round trip that is longer by this is so by the hosts' timers, and not by what was added.
+const GRAIN: Duration = Duration::from_millis(2);
 /// What is taken off it, as a divisor, when it turned out too much.
 const LESS: u64 = 8;
 
@@ -41,8 +43,8 @@ const LESS: u64 = 8;
 pub(super) struct Sharing {
     /// One bit a round, the newest lowest: whether a queue stood.
     queued: u8,
-    /// The same: whether packets were lost.
-    lossy: u8,
+    /// The same: whether it ran over.
+    overflowed: u8,
     /// Highest rate of late: what the line carries, as far as it is known.
     line: Rate,
     slope: Slope,
@@ -56,7 +58,8 @@ pub(super) struct Sharing {
 /// and a round trip.
 #[derive(Debug, Clone, Default)]
 struct Slope {
-    /// The shortest round trip.
+    shortest: Option<Duration>,
+    /// The newest round trip that was not longer: up to there what was added filled the pipe.
     low: Option<(u64, Duration)>,
     /// The longest one after it.
     high: Option<(u64, Duration)>,
@@ -64,7 +67,9 @@ struct Slope {
 
 impl Slope {
     fn push(&mut self, bytes: u64, rtt: Duration) {
-        if self.low.is_none_or(|low| rtt <= low.1) {
+        let shortest = self.shortest.map_or(rtt, |shortest| shortest.min(rtt));
+        self.shortest = Some(shortest);
+        if rtt <= shortest + GRAIN {
             (self.low, self.high) = (Some((bytes, rtt)), None);
         } else if self.high.is_none_or(|high| rtt > high.1) {
             self.high = Some((bytes, rtt));
@@ -100,15 +105,15 @@ impl Sharing {
         self.slope.push(under_way, rtt);
     }
 
-    /// Notes a round that counts: whether a queue stood, whether packets were lost, and what was carried.
-    pub(super) fn on_round(&mut self, queued: bool, lost: bool, rate: Rate) {
+    /// Notes a round that counts: whether a queue stood, whether it ran over, and what was carried.
+    pub(super) fn on_round(&mut self, queued: bool, overflowed: bool, rate: Rate) {
         self.queued = self.queued << 1 | u8::from(queued);
         if let Some(rounds) = &mut self.active {
             *rounds += 1;
-            self.lossy = self.lossy << 1 | u8::from(lost);
-            if self.lossy.count_ones() >= OVERFLOWING {
+            self.overflowed = self.overflowed << 1 | u8::from(overflowed);
+            if self.overflowed.count_ones() >= OVERFLOWING {
                 // The others cannot give way any more: the line was taken for faster than it is.
-                self.lossy = 0;
+                self.overflowed = 0;
                 self.line = Rate(self.line.0 - self.line.0 / LESS);
             }
             self.line = self.line.max(rate);

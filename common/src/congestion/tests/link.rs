@@ -21,6 +21,8 @@ pub(super) struct LinkPlan {
     pub(super) loss_ppm: u64,
     /// Delayed by a tenth of the round trip, in parts of a million: later packets overtake.
     pub(super) reorder_ppm: u64,
+    /// Acknowledgements whose host reads its clock a quarter of the round trip before it takes them, in parts of a million.
+    pub(super) early_ppm: u64,
     /// Loss within these times, from the start of the run, in parts of a million.
     pub(super) bursts: Vec<(Range<Duration>, u64)>,
     /// The receiving host looks at its packets only so often.
@@ -40,6 +42,7 @@ impl LinkPlan {
             queue: (bdp * bdp_percent / 100).max(128_000),
             loss_ppm: 0,
             reorder_ppm: 0,
+            early_ppm: 0,
             bursts: Vec::new(),
             grain: Duration::ZERO,
             seed: 1,
@@ -98,6 +101,16 @@ impl Link {
             Duration::ZERO
         };
         Some(self.next_look(self.busy_until + self.plan.rtt / 2 + late))
+    }
+
+    /// When an acknowledgement sent now seems to arrive.
+    pub(super) fn answer(&mut self, now: Instant) -> Instant {
+        let early = if self.happens(self.plan.early_ppm) {
+            self.plan.rtt / 4
+        } else {
+            Duration::ZERO
+        };
+        now + self.plan.rtt / 2 - early
     }
 
     fn next_look(&self, arrival: Instant) -> Instant {

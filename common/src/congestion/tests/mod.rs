@@ -112,6 +112,51 @@ fn a_busy_host_that_looks_now_and_then_does_not_slow_it_down() {
     assert!(rate >= 0.9, "{rate}");
 }
 
+/// The least share of the line, of some runs of a second after ten round trips.
+fn least_share(plans: impl Iterator<Item = LinkPlan>) -> f64 {
+    let share = |plan: LinkPlan| {
+        let (rtt, top) = (plan.rtt, ceiling(plan.rate) as f64);
+        let mut world = World::new(plan);
+        world.add(Model, ENDLESS);
+        world.run(rtt * 10);
+        world.rates(ms(1000))[0] as f64 / top
+    };
+    let least = plans.map(share).min_by(f64::total_cmp).unwrap();
+    println!("{least:.3} of the line at least");
+    least
+}
+
+/// Round trips that vary by the host's pauses are neither others' queue nor a slower path, also where start-up runs over.
+#[test]
+fn a_host_of_coarse_timers_is_not_taken_for_a_shared_line() {
+    for (mbit, grain_us, least) in [
+        (1000, 1000, 0.95),
+        (1000, 2500, 0.9),
+        (100, 1000, 0.95),
+        (100, 2500, 0.9),
+    ] {
+        let plans = (1..=6).map(|seed| LinkPlan {
+            grain: Duration::from_micros(grain_us),
+            loss_ppm: 1_000,
+            seed,
+            ..LinkPlan::new(mbit, Duration::from_micros(20_000 + 74 * seed), 100)
+        });
+        let got = least_share(plans);
+        assert!(got >= least, "{mbit} Mbit/s, {grain_us} µs: {got}");
+    }
+}
+
+#[test]
+fn a_round_trip_that_is_read_too_short_now_and_then_does_not_slow_it_down() {
+    let plans = (1..=6).map(|seed| LinkPlan {
+        early_ppm: 20,
+        seed,
+        ..LinkPlan::new(1000, ms(20), 100)
+    });
+    let got = least_share(plans);
+    assert!(got >= 0.95, "{got}");
+}
+
 #[test]
 fn a_busy_host_on_a_fast_cable_is_soon_at_its_rate() {
     for (mbit, grain) in [(1000, 5), (5000, 4), (10_000, 4)] {

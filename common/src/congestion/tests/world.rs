@@ -119,7 +119,7 @@ impl World {
         flows[flow][side].drive(*now, |datagram| {
             let at = match side {
                 0 => link.offer(*now, datagram.len() as u64),
-                _ => Some(*now + link.plan.rtt / 2),
+                _ => Some(link.answer(*now)),
             };
             if let Some(at) = at {
                 *sequence += 1;
