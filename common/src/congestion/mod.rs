@@ -22,7 +22,9 @@
 //! A *round* lasts until what was sent after its beginning is acknowledged, at least 4 ms: on a shorter path the host's
 //! scheduling, not the path, decides when acknowledgements come. Its span is the longer of that between its acknowledgements and
 //! that between the sendings of what they acknowledge, so that acknowledgements which were held up and come together show no
-//! faster path. The headroom is for timers and batches: a host that is busy compressing or writing takes packets in batches, and what
+//! faster path. Of its round trips the shortest but one is believed, where those of acknowledgements taken at once count as one: a host
+//! that is held up between reading its clock and its socket sees one that is too short by milliseconds, and by that the window would be too
+//! small until the 10 s are over. The headroom is for timers and batches: a host that is busy compressing or writing takes packets in batches, and what
 //! of a batch the rate does not explain is added to the window, up to 50 ms' worth. Where the queue has not even room for that, loss takes it away.
 //!
 //! # Phases
@@ -40,6 +42,7 @@
 //!   it began; with doubling it would be as long as the path by then. It ends after three rounds that grew by less than a quarter, at
 //!   once if a queue stands or loss exceeds the ceiling; but not by loss as long as the window is about the initial one and more comes through
 //!   from round to round: a queue of others that runs over just as the first packets come tells of that moment. They leave half the window.
+//!   What its last window still loses when it is over does not count: a round is without those bytes because of what start-up did, not because of the path.
 //! * **The cycle** probes for one round in eight, makes up for it in the next, and cruises just above what fits. A probe that finds
 //!   much more goes on as start-up: a path that became ten times faster is taken in some twenty rounds. A probe answered with
 //!   loss makes the next one twice as rare, up to one in 64 rounds.
@@ -65,7 +68,7 @@
 //! Two of ours keep a short queue and come to even parts within some cycles, since a third more is much for who has little. A flow
 //! that fills the queue would take all from one that does not; see `sharing`: where the queue stands in 7 of 8 rounds, three fifths of pipe and queue as they
 //! are known are taken, which comes to about half, and every 48 rounds it is looked whether that is still needed.
-//! Where start-up showed it this is not ended before: the round trip was never seen without the others' queue, and a queue above it need not stand.
+//! Where start-up showed it (beyond what timers vary, 2 ms) this is not ended before: the round trip was never seen without the others' queue, and a queue above it need not stand.
 //!
 //! # Limits
 //!

@@ -4,8 +4,8 @@
 //! looks whether the queue stands although it keeps its own part of it small. If it does, the window is made three fifths of all
 //! that pipe and queue hold, which is the line's rate times the round trip as it is now, until the queue is seen empty
 //! again. The line's rate is the best that was carried of late. Who joins a full line has not seen that, but start-up shows it: what it
-//! adds waits behind itself, so bytes added over time added to the round trip is the line's rate, from the shortest round trip on: single steps
-//! are too much of what the others do meanwhile.
+//! adds waits behind itself, so bytes added over time added to the round trip is the line's rate, from the last round trip on that is not longer than
+//! the shortest by more than timers explain: what is added before fills the pipe, and single steps are too much of what the others do meanwhile.
 
 use std::time::Duration;
 
