@@ -71,7 +71,7 @@ fn usage(text: &str) -> ExitCode {
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    // Lanes read and compress on the workers; with fewer than four, they would hold up QUIC and the control socket.
+    // Lanes read, and hash what goes raw, on the workers; with fewer than four, they would hold up QUIC and the control socket.
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(cores.max(4))

@@ -373,8 +373,8 @@ impl State {
         }
     }
 
-    /// Whether a reset that the guest had asked for falls into the pause that has just begun.
-    pub(super) fn reset_in_pause(&mut self) -> bool {
+    /// Takes a reset that the guest had asked for into the pause that has just begun. Whether there was one.
+    pub(super) fn take_reset(&mut self) -> bool {
         let meets = self.plan.resets > 0;
         if meets {
             self.plan.resets -= 1;

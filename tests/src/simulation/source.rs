@@ -237,7 +237,7 @@ impl SourceGuest for Source {
         })?;
         self.paused_at = Some(starts);
         self.drained().await;
-        if ran && self.node.world.state().reset_in_pause() {
+        if ran && self.node.world.state().take_reset() {
             return Err(PauseError {
                 before: Some(before),
                 source: GuestError::Rebooted,

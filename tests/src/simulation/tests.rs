@@ -32,6 +32,16 @@ const KEY: AttemptKey = AttemptKey {
     register: RegisterId::from_bytes([2; 16]),
 };
 
+/// A plan in which nothing goes wrong.
+fn undisturbed(seed: u64) -> Plan {
+    Plan {
+        traps: Vec::new(),
+        acts: Vec::new(),
+        resets: 0,
+        ..Plan::of(seed, None)
+    }
+}
+
 /// Both hosts, and a guest that runs at the first. Time stands still: the guest does what a test makes it do.
 struct Scene {
     world: Arc<World>,
@@ -42,9 +52,10 @@ struct Scene {
 
 impl Scene {
     fn set(traps: Vec<Trap>) -> Self {
-        let mut plan = Plan::of(1, None);
-        plan.traps = traps;
-        plan.acts.clear();
+        let plan = Plan {
+            traps,
+            ..undisturbed(1)
+        };
         let lens: Vec<_> = plan.regions.iter().map(|(_, len)| *len).collect();
         let world = World::new(plan);
         let (alpha, beta) = (
@@ -208,11 +219,7 @@ fn the_journals_sync_one_record_a_side_between_pause_and_run() {
     let ground = Arc::new(Ground::new().unwrap());
     let mut moved = 0;
     for seed in 1..=40 {
-        let mut plan = Plan::of(seed, None);
-        plan.traps.clear();
-        plan.acts.clear();
-        plan.resets = 0;
-        let outcome = carry_out(plan, &ground);
+        let outcome = carry_out(undisturbed(seed), &ground);
         outcome.verdict.unwrap();
         let whats: Vec<_> = outcome.facts.iter().map(|fact| &fact.what).collect();
         let runs = |what: &&What| matches!(what, What::Ran { vm, .. } if *vm != ORIGINAL);
@@ -237,9 +244,7 @@ fn a_guest_that_reboots_as_it_is_paused_is_moved_by_a_later_attempt() {
     let ground = Arc::new(Ground::new().unwrap());
     // Of the first program: an administrator may begin again after it.
     let end = |seed, resets| {
-        let mut plan = Plan::of(seed, None);
-        plan.traps.clear();
-        plan.acts.clear();
+        let mut plan = undisturbed(seed);
         plan.run_state = RunState::Running;
         plan.wish.limits.cutover = Cutover::Auto;
         plan.wish.limits.timeout = Duration::from_secs(600);
