@@ -155,6 +155,10 @@ impl Model {
         }
     }
 
+    const fn starts_up(&self) -> bool {
+        matches!(self.phase, Phase::StartUp { .. })
+    }
+
     fn headroom(&self) -> u64 {
         let wanted = carried(self.rate.get(), HEADROOM).max(BATCHES * self.gathered.get());
         wanted.min(self.most_headroom).max(LEAST_PACKETS * self.mtu)
@@ -200,7 +204,7 @@ impl Model {
         } else {
             self.rate.push(report.rate, keep);
         }
-        let overflowed = report.lost > percent(report.acked + report.lost, OVERFLOW_LOSS);
+        let overflowed = report.loses_more_than(OVERFLOW_LOSS);
         self.sharing.on_round(self.queued, overflowed, report.rate);
     }
 
@@ -217,15 +221,13 @@ impl Model {
 
     fn judge_loss(&mut self, report: &Report) {
         let least = LOSS_PACKETS * self.mtu;
-        let exceeds =
-            |part| report.lost >= least && report.lost > percent(report.acked + report.lost, part);
+        let exceeds = |part| report.lost >= least && report.loses_more_than(part);
         self.overloaded = if exceeds(LOSS_CEILING) {
             self.overloaded + 1
         } else {
             0
         };
-        let starts_up = matches!(self.phase, Phase::StartUp { .. });
-        self.most_headroom = if exceeds(HEADROOM_LOSS) && !starts_up {
+        self.most_headroom = if exceeds(HEADROOM_LOSS) && !self.starts_up() {
             percent(self.headroom(), HEADROOM_CUT)
         } else {
             self.most_headroom
@@ -396,7 +398,7 @@ impl Controller for Model {
         }
         self.round.on_ack(now, sent, bytes, app_limited);
         let min_rtt = self.rtt.get().unwrap_or_default();
-        let starts_up = matches!(self.phase, Phase::StartUp { .. });
+        let starts_up = self.starts_up();
         // On a longer path start-up itself sends in trains, with pauses between them.
         if !starts_up || min_rtt < MIN_ROUND {
             self.gathered.on_ack(now, bytes, self.rate.get(), min_rtt);

@@ -6,7 +6,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::filters::rate_of;
+use super::filters::{percent, rate_of};
 use crate::units::Rate;
 
 /// Shortest round. On a path of 0.2 ms a round trip holds some 15 packets, and the host's scheduling, not the path,
@@ -81,6 +81,13 @@ pub(super) struct Report {
     pub(super) min_rtt: Duration,
     /// The sender had too little to send: the rate says nothing about the path.
     pub(super) limited: bool,
+}
+
+impl Report {
+    /// Whether more than this part of what it tells of was lost, in percent.
+    pub(super) const fn loses_more_than(&self, part: u64) -> bool {
+        self.lost > percent(self.acked + self.lost, part)
+    }
 }
 
 impl Round {

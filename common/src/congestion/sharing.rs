@@ -30,11 +30,11 @@ const SHARE: u64 = 60;
 const CROWDED: u64 = 225;
 /// Most that is believed of such a line, as a multiple of what start-up got: what was measured is not exact.
 const MOST_BELIEVED: u64 = 10;
+/// A round trip that is longer by this is so by the hosts' timers, and not by what was added.
+const GRAIN: Duration = Duration::from_millis(2);
 /// Part of the line's known rate, as a divisor, that is forgotten each round: slower than any sharing lasts, faster than a
 /// line that became slower would mislead.
 const FORGET: u64 = 1024;
-/// A round trip that is longer by this is so by the hosts' timers, and not by what was added.
-const GRAIN: Duration = Duration::from_millis(2);
 /// What is taken off it, as a divisor, when it turned out too much.
 const LESS: u64 = 8;
 
@@ -59,7 +59,7 @@ pub(super) struct Sharing {
 #[derive(Debug, Clone, Default)]
 struct Slope {
     shortest: Option<Duration>,
-    /// The newest round trip that was not longer: up to there what was added filled the pipe.
+    /// The newest round trip that was longer than that by [`GRAIN`] at most: up to there what was added filled the pipe.
     low: Option<(u64, Duration)>,
     /// The longest one after it.
     high: Option<(u64, Duration)>,
